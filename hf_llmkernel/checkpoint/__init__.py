@@ -1,0 +1,16 @@
+"""Checkpoints on disk: safetensors read and written as a stream, in output folders that appear whole or not at all."""
+
+from .output import check_disk_space, check_output, output_folder, part_folder
+from .reader import CheckpointReader, check_finite, is_finite
+from .writer import CheckpointWriter
+
+__all__ = [
+    "CheckpointReader",
+    "CheckpointWriter",
+    "check_disk_space",
+    "check_finite",
+    "is_finite",
+    "check_output",
+    "output_folder",
+    "part_folder",
+]

@@ -1,0 +1,73 @@
+"""The commands `convert` and `export`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder, .gguf file, or Hub id of a Llama, Mistral, Qwen2 or Qwen3.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the source's.")] = None,
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="base, causal-lm, sequence-classification, token-classification or question-answering; "
+            "default: the source's."
+        ),
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in the folder or repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
+    untie: Annotated[bool, typer.Option(help="Keep a head that differs from the embedding it is tied to.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
+) -> dict[str, Any]:
+    """Convert a checkpoint of a known family into an LLMKernel one; logits stay equal."""
+    from .incoming import convert_checkpoint
+
+    shard_bytes = parse_size(max_shard_size)
+    return convert_checkpoint(
+        source, output, head, dtype, gguf_file, revision, untie, shard_bytes, progress=True
+    ).to_dict()
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder of an LLMKernel checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    to: Annotated[str, typer.Option(help="llama, mistral, qwen2 or qwen3.")],
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
+) -> dict[str, Any]:
+    """Export an LLMKernel checkpoint to a stock architecture, bit-equal, where its shapes allow."""
+    from .outgoing import export_checkpoint
+
+    return export_checkpoint(model, output, to, parse_size(max_shard_size), progress=True).to_dict()
+
+
+def render_convert(result: dict[str, Any]) -> str:
+    """What a conversion did, for people."""
+    lines = [
+        f"{result['source']} ({result['family']}) -> {result['output']}: {result['architecture']}, "
+        f"{result['parameters'] / 1e6:.1f} M parameters in {result['dtype']}, {result['bytes'] / 1e6:.1f} MB, "
+        f"{result['seconds']:.1f} s"
+    ]
+    if not result["tokenizer"]:
+        lines.append("The source has no tokenizer, so the output has none.")
+    if result["dropped"]:
+        lines.append(f"Not written, for the model does not need them: {', '.join(result['dropped'])}")
+    if result["ignored_fields"]:
+        lines.append(f"Fields of config.json that its classes do not read: {', '.join(result['ignored_fields'])}")
+    return "\n".join(lines)
+
+
+render_export = render_convert
+
+
+def parse_size(size: str) -> int:
+    """Bytes of a size such as `5GB`, `500MB` or `123`. Raises `ValueError` for anything else."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
+    text = size.strip().upper()
+    digits = text.rstrip("GMKB")
+    unit = text[len(digits) :]
+    if not digits.isdigit() or int(digits) < 1 or unit not in units:
+        raise ValueError(f"max_shard_size={size}: is not a size; give one such as 5GB or 500MB.")
+    return int(digits) * units[unit]

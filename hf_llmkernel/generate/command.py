@@ -1,0 +1,123 @@
+"""`llmkernel generate MODEL PROMPT`: stream the text of any causal language model.
+
+Reading order: `generate` -> load -> prompt to tokens -> stream and time.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue, or the message to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, above 0 samples.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. Default: if there is one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help=f"Compute dtype: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
+) -> dict[str, Any]:
+    """Continue a prompt, or answer it where the model has a chat template, and stream the text.
+
+    Raises:
+        ValueError: `top_p` or `dtype` outside their range, or `chat` without a template.
+        OSError: no such checkpoint.
+    """
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1; 1 keeps every token.")
+    if top_p < 1.0 and temperature == 0.0:
+        raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
+    network, tokenizer = load(model, dtype)
+    inputs = encode_prompt(tokenizer, prompt, chat)
+    sampling = {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else GREEDY
+    tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=max_new_tokens, **sampling)
+    return {
+        "model": model,
+        "prompt": prompt,
+        "text": tokenizer.decode(tokens, skip_special_tokens=True),
+        "tokens": len(tokens),
+        "tokens_per_second": len(tokens) / seconds,
+        "seconds": seconds,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+
+
+# Sampling settings of a checkpoint's own generation config would be warned about beside do_sample=False.
+GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+
+
+def render_generate(result: dict[str, Any]) -> str:
+    """Nothing: the text was streamed. Its measure goes to standard error, so that a pipe gets the text alone."""
+    print(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second", file=sys.stderr)
+    return ""
+
+
+def load(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer of a folder or Hub id. Raises `ValueError` or `OSError` where there is none."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"model={model}: no such folder; check the path, or give a Hub id.")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # The model first: a folder that holds nothing fails with a message about the model.
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    try:
+        return network, AutoTokenizer.from_pretrained(model)
+    except ValueError as error:
+        raise ValueError(f"model={model}: has no readable tokenizer ({error}); put its files there.") from error
+
+
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool | None) -> "dict[str, torch.Tensor]":
+    """Token ids and mask `[1, T]` of a prompt, through the chat template where wanted (`None`: where there is one)."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if chat and not has_template:
+        raise ValueError("chat=True: the tokenizer has no chat template; use --no-chat.")
+    encoded: Any
+    if has_template if chat is None else chat:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    # Token types, which some tokenizers give, are no input of a decoder.
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("prompt='': has no tokens; give a text.")
+    return inputs
+
+
+def stream(
+    network: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    inputs: "dict[str, torch.Tensor]",
+    seed: int,
+    **options: Any,
+) -> tuple[list[int], float]:
+    """Generates, printing words to standard output as they come. Returns the new token ids and the seconds taken."""
+    from transformers import TextStreamer, set_seed
+
+    set_seed(seed)
+    inputs = {name: tensor.to(network.device) for name, tensor in inputs.items()}
+    words = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    started = time.perf_counter()
+    output = network.generate(**inputs, streamer=words, **options)  # type: ignore[operator]
+    seconds = time.perf_counter() - started
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), seconds

@@ -1,0 +1,1 @@
+"""The model family, self-contained: these files travel with every checkpoint and load without the package."""

@@ -1,0 +1,76 @@
+"""The quantize stage: which linears it takes, and what a block holds afterwards."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_llmkernel.compress.block import Block
+from hf_llmkernel.compress.quantize import Quantize
+from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
+from hf_llmkernel.model.modeling_llm_kernel import LLMKernelDecoderLayer
+
+from .conftest import TINY
+
+
+@pytest.fixture
+def block():
+    config = LLMKernelConfig(**TINY, attention_bias=True)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    tensors = LLMKernelDecoderLayer(config, 0).state_dict()
+    return Block(0, copy.deepcopy(config), dict(tensors))
+
+
+def nearest_on_grid(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Symmetric round to nearest, one value at a time."""
+    result = torch.empty_like(weight)
+    top = 2 ** (bits - 1) - 1
+    for row in range(weight.shape[0]):
+        for begin in range(0, weight.shape[1], group):
+            values = [float(value) for value in weight[row, begin : begin + group]]
+            scale = float(torch.tensor(max(map(abs, values)) / top).half())
+            for offset, value in enumerate(values):
+                result[row, begin + offset] = round(value / scale) * scale
+    return result
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_linear_is_rounded_to_its_grid(block, bits):
+    before = {leaf: block.weight(leaf) for leaf in block.linears()}
+    bias = block.tensors["self_attn.q_proj.bias"].clone()
+    Quantize(bits=bits, group_size=16).apply(block, {})
+    module = block.module()
+    for leaf, weight in before.items():
+        linear = module.get_submodule(block.linear_path(leaf))
+        torch.testing.assert_close(linear.dense_weight(), nearest_on_grid(weight, bits, 16), rtol=1e-6, atol=1e-7)
+    assert torch.equal(module.self_attn.q_proj.bias, bias)
+    block.check()
+
+
+def test_include_and_exclude_choose_by_name_and_glob(block):
+    Quantize(bits=8, include=["*_proj"], exclude=["down_proj", "?_proj"]).apply(block, {})
+    assert set(block.layer.linear_forms) == {"gate_proj", "up_proj"}
+    assert block.tensors["mlp.gate_proj.values"].dtype == torch.int8
+    assert block.tensors["mlp.down_proj.weight"].dtype == torch.float32
+    block.check()
+
+
+def test_a_name_that_matches_nothing_is_refused(block):
+    with pytest.raises(ValueError, match="'fc1' matches no linear; .*'q_proj'"):
+        Quantize(bits=8, include=["fc1"]).plan(block.layer)
+
+
+def test_what_is_packed_already_is_refused(block):
+    Quantize(bits=8).plan(block.layer)
+    with pytest.raises(ValueError, match="q_proj is stored as .*'bits': 8.* dense checkpoint"):
+        Quantize(bits=4).plan(block.layer)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bits": 3}, {"method": "no"}, {"group_size": 0}, {"symmetric": "no"}, {"include": "q_proj"}, {"embeddings": 1}],
+)
+def test_settings_outside_their_range_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        Quantize(**{"bits": 8, **settings})

@@ -1,0 +1,79 @@
+"""`generate` gives what the model's own greedy decoding gives, and streams it."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_llmkernel import cli
+from hf_llmkernel.generate.command import generate, render_generate
+
+
+@pytest.fixture
+def greedy_text(tiny_checkpoint):
+    """Twelve greedy tokens by argmax over whole forwards, without generate() or a cache."""
+
+    def decode(text: str) -> str:
+        model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
+        tokens = tokenizer(text, return_tensors="pt").input_ids
+        first = tokens.shape[1]
+        for _ in range(12):
+            following = model(tokens, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, following], dim=1)
+            if following.item() == tokenizer.eos_token_id:
+                break
+        return tokenizer.decode(tokens[0, first:], skip_special_tokens=True)
+
+    return decode
+
+
+def test_continues_greedily_and_streams(tiny_checkpoint, greedy_text, capsys):
+    result = generate(str(tiny_checkpoint), "w1 w2 w3", max_new_tokens=12, chat=False)
+    assert result["text"] == greedy_text("w1 w2 w3") != ""
+    assert capsys.readouterr().out.strip() == result["text"]
+    assert result["tokens_per_second"] == pytest.approx(result["tokens"] / result["seconds"])
+    assert (result["prompt_tokens"], result["dtype"]) == (3, "float32")
+    assert render_generate(result) == ""
+
+
+def test_chat_template_is_used_where_there_is_one(tiny_checkpoint, greedy_text, capsys):
+    result = generate(str(tiny_checkpoint), "w1 w2", max_new_tokens=12)
+    assert result["prompt_tokens"] == 4
+    assert result["text"] == greedy_text("user w1 w2 assistant")
+
+
+def test_same_seed_same_sample(tiny_checkpoint, capsys):
+    model = str(tiny_checkpoint)
+    texts = [generate(model, "w1", max_new_tokens=12, temperature=3.0, seed=seed)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_json_holds_the_text_and_standard_output_nothing_else(tiny_checkpoint, capfd):
+    assert cli.main(["generate", str(tiny_checkpoint), "w1 w2", "--max-new-tokens", "4", "--json", "--no-chat"]) == 0
+    out, err = capfd.readouterr()
+    result = json.loads(out)
+    assert result["tokens"] <= 4
+    assert result["text"] in err
+
+
+def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
+    model = str(tiny_checkpoint)
+    with pytest.raises(ValueError, match="top_p=1.5"):
+        generate(model, "w1", top_p=1.5)
+    with pytest.raises(ValueError, match="set a temperature"):
+        generate(model, "w1", top_p=0.5)
+    with pytest.raises(ValueError, match="dtype=int3: must be one of auto"):
+        generate(model, "w1", dtype="int3")
+    with pytest.raises(ValueError, match="prompt='': has no tokens"):
+        generate(model, "", chat=False)
+    with pytest.raises(ValueError, match="no such folder"):
+        generate(str(tmp_path / "absent"), "w1")
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no readable tokenizer"):
+        generate(str(tmp_path), "w1")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="use --no-chat"):
+        generate(str(tmp_path), "w1", chat=True)

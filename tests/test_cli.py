@@ -1,0 +1,213 @@
+"""Exit codes, the one line of an error, and one JSON document on standard output, whatever libraries print."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy
+import pytest
+import typer
+
+from hf_llmkernel import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+FAULTS = {
+    "value": ValueError("ratio=2: must be below 1;\n choose less"),
+    "no_file": FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "model.safetensors"),
+    "no_folder": NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "file"),
+    "folder": IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "folder"),
+    "forbidden": PermissionError(errno.EACCES, os.strerror(errno.EACCES), "folder"),
+    "library": OSError("name is not a local folder and is not a valid model identifier"),
+    "disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out"),
+    "disk_input_output": OSError(errno.EIO, os.strerror(errno.EIO)),
+    "memory": MemoryError(),
+    "network": ConnectionError("no route"),
+    "interrupt": KeyboardInterrupt(),
+    "program": KeyError("weight"),
+}
+
+
+def work(
+    size: Annotated[int, typer.Argument(help="Of the work.")],
+    fault: Annotated[str | None, typer.Option(help="What goes wrong.")] = None,
+    folder: Path = Path("here"),
+) -> dict[str, Any]:
+    """Work of a size.
+
+    Raises:
+        ValueError: on demand.
+    """
+    print("python prints")
+    os.write(1, b"native code prints\n")
+    subprocess.run([sys.executable, "-S", "-c", "print('a child prints')"], check=True)
+    if fault:
+        raise FAULTS[fault]
+    return {"size": size, "folder": folder, "loss": float("nan"), "count": numpy.int64(3), "rows": [(1, None)]}
+
+
+def render_work(result: dict[str, Any]) -> str:
+    return f"worked {result['size']}"
+
+
+@pytest.fixture(autouse=True)
+def one_command(monkeypatch):
+    module = types.ModuleType("module_of_work")
+    vars(module).update(work=work, render_work=render_work)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.COMMANDS, "work", cli.Command("module_of_work:work", "Work."))
+    monkeypatch.delenv("LLMKERNEL_TRACEBACK", raising=False)
+
+
+def test_text_for_people(capfd):
+    assert cli.main(["work", "3"]) == 0
+    out, err = capfd.readouterr()
+    assert set(out.splitlines()) == {"python prints", "native code prints", "a child prints", "worked 3"}
+    assert err == ""
+
+
+def test_json_is_all_of_standard_output(capfd):
+    assert cli.main(["work", "3", "--json"]) == 0
+    out, err = capfd.readouterr()
+    expected = {"size": 3, "folder": "here", "loss": None, "count": 3, "rows": [[1, None]]}
+    assert json.loads(out) == expected
+    assert set(err.splitlines()) == {"python prints", "native code prints", "a child prints"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        ("value", 2, "ratio=2: must be below 1; choose less"),
+        ("no_file", 2, "model.safetensors: No such file or directory; check the path"),
+        ("no_folder", 2, "file: Not a directory"),
+        ("folder", 2, "folder: Is a directory"),
+        ("forbidden", 2, "folder: Permission denied"),
+        ("library", 2, "is not a valid model identifier"),
+        ("disk", 1, "out: No space left on device; free space"),
+        ("disk_input_output", 1, "Input/output error"),
+        ("memory", 1, "out of memory"),
+        ("network", 1, "no route; check the network"),
+        ("interrupt", 130, "interrupted"),
+        ("program", 1, "unexpected KeyError: 'weight'; set LLMKERNEL_TRACEBACK=1"),
+    ],
+)
+def test_fault_is_one_line(capfd, fault, code, words):
+    assert cli.main(["work", "3", "--json", "--fault", fault]) == code
+    out, err = capfd.readouterr()
+    errors = [line for line in err.splitlines() if "prints" not in line]
+    assert out == ""
+    assert len(errors) == 1
+    assert errors[0].startswith("error: ")
+    assert words in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], "'bogus'"),
+        (["--bogus"], "--bogus"),
+        (["work"], "size"),
+        (["work", "3", "--bogus"], "--bogus"),
+        (["work", "three"], "size"),
+    ],
+)
+def test_bad_usage_is_one_line_with_the_remedy(capfd, arguments, words):
+    assert cli.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+    assert "--help`" in err
+
+
+def test_traceback_on_demand(capfd, monkeypatch):
+    monkeypatch.setenv("LLMKERNEL_TRACEBACK", "1")
+    assert cli.main(["work", "3", "--fault", "program"]) == 1
+    assert "Traceback (most recent call last)" in capfd.readouterr().err
+
+
+def test_help_lists_every_command_and_cuts_sections_for_readers_of_code(capfd):
+    assert cli.main([]) == cli.main(["--help"]) == 0
+    listed = capfd.readouterr().out
+    assert all(f"\n  {name} " in listed for name in cli.COMMANDS)
+    assert cli.main(["work", "--help"]) == 0
+    shown = capfd.readouterr().out
+    assert "Work of a size." in shown
+    assert "--json" in shown
+    assert "Raises" not in shown
+
+
+def test_version(capfd):
+    assert cli.main(["--version"]) == 0
+    assert capfd.readouterr().out == "llmkernel 0.1.0\n"
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS])
+def test_every_command_has_function_help_and_renderer(capfd, name):
+    assert cli.main([name, "--help"]) == 0
+    assert "--json" in capfd.readouterr().out
+    function, render = cli.load(cli.COMMANDS[name])
+    assert cli.help_of(function)
+    assert callable(render)
+
+
+def test_help_imports_nothing_heavy(run_python):
+    code = """
+from hf_llmkernel.cli import main
+main(["--help"])
+print([name for name in ("torch", "transformers", "numpy", "huggingface_hub", "rich.console") if name in sys.modules])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"
+
+
+def test_module_runs():
+    command = [sys.executable, "-m", "hf_llmkernel", "--version"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("llmkernel 0.1.0\n", "")
+
+
+def test_reader_who_leaves_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    ended = subprocess.run(
+        [sys.executable, "-m", "hf_llmkernel", "--help"], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+def test_termination_runs_finally_clauses(tmp_path):
+    code = """
+import sys, time, types
+from hf_llmkernel import cli
+module = types.ModuleType("module_of_wait")
+def wait() -> dict:
+    "Wait."
+    folder = __import__("pathlib").Path(sys.argv[1])
+    try:
+        folder.mkdir()
+        time.sleep(60)
+    finally:
+        folder.rmdir()
+    return {}
+module.wait, module.render_wait = wait, str
+sys.modules["module_of_wait"] = module
+cli.COMMANDS["wait"] = cli.Command("module_of_wait:wait", "Wait.")
+sys.exit(cli.main(["wait"]))
+"""
+    folder = tmp_path / "half-written"
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=ROOT)
+    for _ in range(600):
+        if folder.exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert not folder.exists()

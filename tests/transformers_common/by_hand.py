@@ -1,0 +1,174 @@
+"""Runs transformers' own `CausalLMModelTest` on this family and on stock Llama: `scripts/runs/transformers_suite.sh`.
+
+Reading order: a `tests` package is put together -> tiny models for its pipeline tests -> one run a suite -> counts.
+
+Its source distribution lacks the generation and pipeline tests, so they come from a copy of the repository (a checkout
+or a git directory), which may be of another version; where both have a file, the distribution's is taken, for it is
+that of the installed version. Nothing of either stays in this project.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from . import model_testers
+from .library import distributed_folder
+
+FOLDER = Path(__file__).parent
+FROM_REPOSITORY = (
+    "tests/__init__.py",
+    "tests/causal_lm_tester.py",
+    "tests/exporters",
+    "tests/generation",
+    "tests/pipelines",
+    "tests/utils",
+    "utils/test_module",
+)
+SUITES = {
+    "Llama": model_testers.LlamaTester,
+    "Homogeneous": model_testers.LLMKernelTester,
+    "Shapes": model_testers.ShapesTester,
+    "Skips": model_testers.SkipsTester,
+    "Packed": model_testers.PackedTester,
+    "PackedEmbedding": model_testers.PackedEmbeddingTester,
+}
+PACKAGES = ("torch", "transformers", "pytest", "accelerate", "peft")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("repository", type=Path, help="a checkout of transformers, or its git directory")
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="write each suite's whole output into this folder")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        put_together(arguments.repository, folder)
+        suites = {name: run_suite(name, folder, arguments.workers, arguments.keep) for name in arguments.suite}
+    print(json.dumps({**description(arguments.repository), "suites": suites}, indent=2))
+
+
+def put_together(repository: Path, folder: Path) -> None:
+    """Writes the `tests` package into `folder`: the repository's files, over them the distribution's, and ours."""
+    copy_of_repository(repository, folder)
+    for file in (folder / "tests").rglob("*.py"):  # the older files import the client that httpx2 has replaced
+        file.write_text(file.read_text().replace("import httpx\n", "import httpx2 as httpx\n"))
+    for file in distributed_folder().glob("*.py"):
+        shutil.copy(file, folder / "tests")
+    shutil.copy(FOLDER / "library" / "distributed_testing_utils.py", folder / "tests")
+    shutil.copy(FOLDER / "by_hand_suites.py", folder / "tests" / "test_by_hand.py")
+    # The pipeline tests look for the library's source beside them, to find its version.
+    (folder / "src" / "transformers").mkdir(parents=True)
+    (folder / "src" / "transformers" / "__init__.py").touch()
+
+
+def copy_of_repository(repository: Path, folder: Path) -> None:
+    if not (repository / "tests").is_dir():
+        command = ["git", f"--git-dir={repository}", "archive", "HEAD", *FROM_REPOSITORY]
+        archive = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+        with tarfile.open(fileobj=BytesIO(archive)) as opened:
+            opened.extractall(folder, filter="data")
+        return
+    for name in FROM_REPOSITORY:
+        source, target = repository / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+
+
+def save_tiny_models(tester: model_testers.LLMKernelTester, folder: Path) -> None:
+    """Saves what the library keeps on the Hub for its pipeline tests: a model of every class, and a tokenizer."""
+    tokenizer = tiny_tokenizer(tester.vocab_size)
+    for model_class in tester.model_classes:
+        target = folder / tester.config_class.model_type / model_class.__name__
+        model_class(tester.get_config()).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    entry = {"tokenizer_classes": ["PreTrainedTokenizerFast"], "processor_classes": []}
+    (folder / "reports").mkdir()
+    summary = {model_class.__name__: entry for model_class in tester.model_classes}
+    (folder / "reports" / "tiny_model_summary.json").write_text(json.dumps(summary))
+
+
+def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([__doc__], trainer)
+    roles = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
+def run_suite(name: str, folder: Path, workers: int, keep: Path | None) -> dict[str, int | float | list[str]]:
+    """Runs one suite's class in a process of its own; returns its counts and the names of what failed."""
+    tiny = folder / "tiny" / name
+    tiny.mkdir(parents=True)
+    save_tiny_models(SUITES[name](), tiny)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])]),
+        "TRANSFORMERS_TINY_MODEL_PATH": str(tiny),
+    }
+    command = [sys.executable, "-m", "pytest", f"tests/test_by_hand.py::{name}Test", "-n", str(workers)]
+    print(f"{name}: running", file=sys.stderr)
+    start = time.perf_counter()
+    # A rank that fails alone leaves the others waiting.
+    command += ["-q", "-rfEs", "--timeout", "600"]
+    run = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        (keep / f"{name}.txt").write_text(run.stdout)
+    return {**counts(run.stdout), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def counts(output: str) -> dict[str, int | list[str]]:
+    """Numbers of pytest's last line, as in `167 passed, 139 skipped, 1217 subtests passed in 180.00s`."""
+    found = {kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z ]+?)s?(?=,| in )", output.splitlines()[-1])}
+    failures = sorted(set(re.findall(r"^(?:SUB)?(?:FAILED|ERROR).*::(test_\w+)", output, re.MULTILINE)))
+    failed = found.get("failed", 0) + found.get("error", 0) + found.get("subtests failed", 0)
+    return {
+        "passed": found.get("passed", 0),
+        "failed": failed,
+        "skipped": found.get("skipped", 0),
+        "failures": failures,
+    }
+
+
+def description(repository: Path) -> dict[str, object]:
+    source = (repository / "setup.py").read_text() if (repository / "setup.py").is_file() else git_file(repository)
+    match = re.search(r'version="([^"]+)"', source)
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in PACKAGES},
+            "repository of transformers": match[1] if match else None,
+        },
+        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "device": "cpu"},
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "seed": 0,
+    }
+
+
+def git_file(repository: Path) -> str:
+    command = ["git", f"--git-dir={repository}", "show", "HEAD:setup.py"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+if __name__ == "__main__":
+    main()
