@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 PROMPT = "Explain in two sentences why the sky is blue."
+# What a model card says of a built-in model: its name on the Hub, and its licence.
+ORIGINS = {"smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 
 
 def quickstart(
@@ -54,6 +56,7 @@ def quickstart(
     """
     from .checkpoint import check_output, output_folder
     from .evaluate import write_report
+    from .publish import write_model_card
 
     check_output(output)
     recipe = build_recipe(text, ratio, align, samples, length, context, tokens, prompt)
@@ -64,6 +67,8 @@ def quickstart(
         report = named_report(compression, Path(model).name.removesuffix(".gguf"))
         for folder in (part, part / "compressed"):
             write_report(report, folder)
+        base_model, license = ORIGINS.get(model, (model, None))
+        write_model_card(part / "compressed", report.to_dict(), base_model=base_model, license=license)
         files = [str(output / file.name) for file in sorted(part.glob("report.*"))]
     return {
         "dense": str(output / "dense"),

@@ -113,6 +113,22 @@ print(type(language_model.model).__name__)
     assert output[-3:] == ["True", "LLMKernelForCausalLM", "LLMKernelForCausalLM"]
 
 
+def test_tokenizer_class_of_a_folder_is_kept(tiny_checkpoint, tmp_path):
+    """What a converted checkpoint's tokenizer was, it stays; a folder that names none gets the general one."""
+    from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer
+
+    AutoConfig.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    GPT2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, merges=[("a", "b")]).save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)).__name__ == "GPT2Tokenizer"
+
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(tokenizer).__name__ == "TokenizersBackend"
+    assert tokenizer("aba").input_ids == [3, 1]
+
+
 def test_another_transformers_gives_a_warning_and_imports(run_python, tmp_path):
     (tmp_path / "other" / "transformers").mkdir(parents=True)
     (tmp_path / "other" / "transformers" / "__init__.py").write_text("answer = 42\n")

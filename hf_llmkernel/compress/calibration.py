@@ -4,7 +4,7 @@ Shapes: S samples, T tokens a sample, H hidden_size, B samples a batch.
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -67,11 +67,13 @@ class Walk:
             ValueError: inputs that are not finite, naming the linear.
         """
         module = block.module()
-        with ExitStack() as hooks:
-            for leaf, statistic in statistics.items():
-                linear = module.get_submodule(block.linear_path(leaf))
-                hooks.enter_context(linear.register_forward_pre_hook(_adder(statistic)))
-            for batch in self._batches():
+        for batch in self._batches():
+            seen: set[str] = set()
+            with ExitStack() as hooks, suppress(AllSeen):
+                for leaf, statistic in statistics.items():
+                    linear = module.get_submodule(block.linear_path(leaf))
+                    hook = _observer(leaf, statistic, seen, len(statistics))
+                    hooks.enter_context(linear.register_forward_pre_hook(hook))
                 self._forward(module, block.index, batch)
         for leaf, statistic in statistics.items():
             if not statistic.is_finite():
@@ -97,8 +99,15 @@ class Walk:
         return module(batch, attention_mask=mask, position_embeddings=self._position_embeddings)
 
 
-def _adder(statistic: InputStatistic):
-    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        statistic.add(inputs[0])
+class AllSeen(Exception):
+    """Ends a forward whose outputs nobody waits for, once every statistic has its inputs."""
 
-    return add
+
+def _observer(leaf: str, statistic: InputStatistic, seen: set[str], wanted: int):
+    def observe(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        statistic.add(inputs[0])
+        seen.add(leaf)
+        if len(seen) == wanted:
+            raise AllSeen
+
+    return observe

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from hf_llmkernel.evaluate import Report, write_report
-from hf_llmkernel.evaluate.plot import pareto_front, plot_reports
+from hf_llmkernel.evaluate.plot import PANELS, _spreads_meet, pareto_front, plot_reports
 from hf_llmkernel.evaluate.report import columns, compare_cells, render_markdown, render_reports
 from hf_llmkernel.evaluate.table import count, markdown_table, size, text_table
 
@@ -155,6 +155,14 @@ def test_a_picture_has_a_panel_for_each_quantity(tmp_path):
     assert plot_reports([replace(DENSE, perplexity=None)] * 3, tmp_path / "bars.png")
     assert not plot_reports([Report("empty", 0, 0, 0)], none)
     assert not none.exists()
+
+
+def test_speeds_whose_spreads_meet_are_not_called_better_or_worse():
+    decode = next(panel for panel in PANELS if panel.title == "Decode")
+    near = replace(DENSE, decode_spread={"slowest": 20.5, "fastest": 23.0, "samples": 3, "held_back": 0})
+    far = replace(DENSE, decode_spread={"slowest": 22.0, "fastest": 23.0, "samples": 3, "held_back": 0})
+    assert _spreads_meet(decode, [DENSE, near])
+    assert not _spreads_meet(decode, [DENSE, far])
 
 
 def test_the_pareto_front():
