@@ -11,4 +11,5 @@ repository="$(realpath "${1:?is missing: a checkout of transformers, or its git 
 shift
 make_environment test
 cd "$ROOT"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec "$PYTHON" -m tests.transformers_common.by_hand "$repository" "$@"

@@ -4,6 +4,7 @@
 runs it there; hence the relative imports.
 """
 
+import os
 import random
 import unittest
 
@@ -14,7 +15,7 @@ from transformers import set_seed
 from . import test_fsdp_mixin, test_modeling_common, test_tensor_parallel_mixin
 from .causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 
-SEED = 0
+SEED = int(os.environ["TRANSFORMERS_SUITE_SEED"])
 # By default the distributed tests run for a list of the library's own families.
 test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None

@@ -194,7 +194,7 @@ class PackedEmbeddingExpectations(PackedExpectations):
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         for model_class in self.all_model_classes:
             model = model_class(copy.deepcopy(config)).train()
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
             model.enable_input_require_grads()
             outputs = model(**self._prepare_for_class(inputs, model_class, return_labels=True), use_cache=False)
             outputs[0].sum().backward()

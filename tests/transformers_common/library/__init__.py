@@ -6,19 +6,17 @@ The distribution leaves out some files that its own tests import. Those stand be
 `distributed_testing_utils`, which is this project's own.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import transformers
 from filelock import FileLock
-from transformers import utils as transformers_utils
 
 from hf_llmkernel.data.fetch import cache_folder, fetch_package_files
-
-# A checkout's `tests` folder, where the run by hand finds what the distribution lacks.
-REPOSITORY_TESTS = os.environ.get("TRANSFORMERS_REPOSITORY_TESTS")
 
 # What a configuration takes whatever its family, each away from its default.
 COMMON_CONFIG_FIELDS = {
@@ -42,31 +40,25 @@ LACKING = {
 def distributed_folder() -> Path:
     """The `tests` folder of the source distribution of the installed transformers, from the cache or the registry."""
     cache_folder().mkdir(parents=True, exist_ok=True)
-    before = os.environ.get("PIP_NO_BINARY")
-    os.environ["PIP_NO_BINARY"] = "transformers"  # of this package alone: what builds its metadata may be a wheel
-    try:
-        with FileLock(cache_folder() / "transformers-tests.lock"):  # workers of one run download it once
-            files = fetch_package_files("transformers", transformers.__version__, "*/tests/*")
-    finally:
-        os.environ.pop("PIP_NO_BINARY")
-        if before is not None:
-            os.environ["PIP_NO_BINARY"] = before
+    # Of this package alone no wheel: with all of them barred, pip would build its build tools from source too.
+    with (
+        mock.patch.dict(os.environ, PIP_NO_BINARY="transformers"),
+        FileLock(cache_folder() / "transformers-tests.lock"),  # the workers of one run download it once
+    ):
+        files = fetch_package_files("transformers", transformers.__version__, "*/tests/*")
     return files[0].parent
 
 
 def add_lacking_modules() -> None:
     """Puts modules without tests where the distribution's files import what it does not carry."""
     for path, members in LACKING.items():
-        parent, name = path.split(".")
-        for module_name in (parent, path):
-            sys.modules.setdefault(f"{__name__}.{module_name}", ModuleType(f"{__name__}.{module_name}"))
+        for name in (path.partition(".")[0], path):
+            sys.modules.setdefault(f"{__name__}.{name}", ModuleType(f"{__name__}.{name}"))
         vars(sys.modules[f"{__name__}.{path}"]).update(members)
 
 
-# The files ask for a second transformers beside themselves, which only a checkout has.
-transformers_utils.direct_transformers_import = lambda path, file="__init__.py": transformers
 __path__.append(str(distributed_folder()))
-if REPOSITORY_TESTS is None:
-    add_lacking_modules()
-else:
-    __path__.append(REPOSITORY_TESTS)
+add_lacking_modules()
+# This file asks for the transformers beside it, which only a checkout has.
+with mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+    importlib.import_module(f"{__name__}.test_configuration_common")
