@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def describe_versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "hf_llmkernel": __version__,
     }
+
+
+def describe_commit(folder: Path) -> str | None:
+    """Commit of the git work tree that `folder` lies in, with `-dirty` where its files differ; None outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except FileNotFoundError:  # git is not installed
+        return None
+    return described.stdout.strip() or None
 
 
 def available_bytes() -> int:

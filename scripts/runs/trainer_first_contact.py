@@ -126,18 +126,15 @@ def compare(results: dict[str, dict], steps: int) -> dict:
 
 def describe(text: str, context: int, steps: int, sequences: int) -> dict:
     """What is needed to run this again: the settings, the machine, the versions, the commit."""
-    from hf_llmkernel.evaluate.machine import describe_machine, describe_versions
+    from hf_llmkernel.evaluate.machine import describe_commit, describe_machine, describe_versions
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     settings = {"preset": PRESET, "text": text, "context": context, "batch": BATCH, "steps": steps, "seed": SEED}
     return {
         **settings,
         "sequences": sequences,
         "machine": describe_machine(),
         "versions": describe_versions(),
-        "commit": commit.stdout.strip() or None,
+        "commit": describe_commit(Path(__file__).parent),
     }
 
 

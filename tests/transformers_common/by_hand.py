@@ -10,7 +10,6 @@ that of the installed version. Nothing of either stays in this project.
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -22,9 +21,10 @@ from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hf_llmkernel.evaluate.machine import describe_commit, describe_machine, describe_versions
 
 from . import model_testers
 from .library import distributed_folder
@@ -47,7 +47,7 @@ SUITES = {
     "Packed": model_testers.PackedTester,
     "PackedEmbedding": model_testers.PackedEmbeddingTester,
 }
-PACKAGES = ("torch", "transformers", "pytest", "accelerate", "peft")
+SEED = 0
 
 
 def main() -> None:
@@ -124,6 +124,7 @@ def run_suite(name: str, folder: Path, workers: int, keep: Path | None) -> dict[
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(FOLDER), str(FOLDER.parents[1])]),
         "TRANSFORMERS_TINY_MODEL_PATH": str(tiny),
+        "TRANSFORMERS_SUITE_SEED": str(SEED),
     }
     command = [sys.executable, "-m", "pytest", f"tests/test_by_hand.py::{name}Test", "-n", str(workers)]
     print(f"{name}: running", file=sys.stderr)
@@ -151,17 +152,15 @@ def counts(output: str) -> dict[str, int | list[str]]:
 
 
 def description(repository: Path) -> dict[str, object]:
+    """What is needed to run this again: the seed, the machine, the versions, this project's commit."""
     source = (repository / "setup.py").read_text() if (repository / "setup.py").is_file() else git_file(repository)
     match = re.search(r'version="([^"]+)"', source)
+    versions = {**describe_versions(), **{package: version(package) for package in ("accelerate", "peft", "pytest")}}
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in PACKAGES},
-            "repository of transformers": match[1] if match else None,
-        },
-        "machine": {"cores": os.cpu_count(), "architecture": platform.machine(), "device": "cpu"},
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "seed": 0,
+        "seed": SEED,
+        "machine": describe_machine(),
+        "versions": {**versions, "repository of transformers": match[1] if match else None},
+        "commit": describe_commit(FOLDER),
     }
 
 
