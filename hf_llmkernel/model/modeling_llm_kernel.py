@@ -412,7 +412,11 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
                 f"tensor parallelism: {packed[0]} is stored sparse or integer, a form without a plan; use "
                 "device_map or data parallelism, or a dense or low-rank checkpoint."
             )
-        return super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
+        if (stage := getattr(model, "_pp_stage", None)) is not None:
+            for name in ("communicate", "broadcast_from_last"):
+                setattr(stage, name, in_floating_type(getattr(stage, name), model))
+        return model
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         ends = {"embedding": self.get_input_embeddings(), "head": self.get_output_embeddings()}
@@ -426,6 +430,11 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
             f"resize_token_embeddings: the {compressed[0]} is stored compressed and its rows cannot grow or shrink; "
             "resize the dense checkpoint, then compress it."
         )
+
+
+def in_floating_type(exchange: Callable, model: PreTrainedModel) -> Callable:
+    """A pipeline stage's exchange in the model's type: the library's is that of a first tensor, maybe of integers."""
+    return lambda *args, dtype, **kwargs: exchange(*args, dtype=model.dtype, **kwargs)
 
 
 def refuse_keys(fault: str, keys: list[str]) -> None:
@@ -498,7 +507,7 @@ class LLMKernelModel(LLMKernelPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = past_key_values.get_seq_length(self._first_cached() or 0) if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         masks = self._attention_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
 
@@ -533,10 +542,19 @@ class LLMKernelModel(LLMKernelPreTrainedModel):
         masks = {}
         # CODEPATH: Llama and Qwen attend fully, Mistral v0.1 slides in every layer, others mix the two.
         if "full_attention" in self.config.layer_types:
-            masks["full_attention"] = create_causal_mask(**arguments)
+            first = self._first_cached("full_attention")
+            masks["full_attention"] = create_causal_mask(**arguments, layer_idx=first)
         if self.has_sliding_layers:
-            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments)
+            first = self._first_cached("sliding_attention")
+            masks["sliding_attention"] = create_sliding_window_causal_mask(**arguments, layer_idx=first)
         return masks
+
+    def _first_cached(self, layer_type: str | None = None) -> int | None:
+        """Index of the first layer, of one type or any, that caches here; a pipeline's other stages cache their own."""
+        for index, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=False)):
+            if layer_type in (None, kind) and getattr(layer, "attends", False):
+                return index
+        return None
 
 
 @auto_docstring
