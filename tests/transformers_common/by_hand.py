@@ -1,10 +1,11 @@
 """Runs transformers' own `CausalLMModelTest` on this family and on stock Llama: `scripts/runs/transformers_suite.sh`.
 
-Reading order: a `tests` package is put together -> tiny models for its pipeline tests -> one run a suite -> counts.
+Reading order: a `tests` package is put together -> tiny models for its pipeline tests -> one run a suite -> counts,
+and what a suite skips where stock Llama is tested. It ends with 1 where anything failed.
 
-Its source distribution lacks the generation and pipeline tests, so they come from a copy of the repository (a checkout
-or a git directory), which may be of another version; where both have a file, the distribution's is taken, for it is
-that of the installed version. Nothing of either stays in this project.
+The source distribution of transformers lacks the generation and pipeline tests, so they come from a copy of its
+repository (a checkout or a git directory), which may be of another version; where both have a file, the distribution's
+is taken, for it is that of the installed version. Nothing of either stays in this project.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
@@ -60,8 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         put_together(arguments.repository, folder)
-        suites = {name: run_suite(name, folder, arguments.workers, arguments.keep) for name in arguments.suite}
+        outputs = {name: run_suite(name, folder, arguments.workers, arguments.keep) for name in arguments.suite}
+    suites = {name: {**counts(output), **skips_beyond_llama(output, outputs)} for name, output in outputs.items()}
     print(json.dumps({**description(arguments.repository), "suites": suites}, indent=2))
+    sys.exit(any(suite["failed"] for suite in suites.values()))
 
 
 def put_together(repository: Path, folder: Path) -> None:
@@ -114,8 +116,8 @@ def tiny_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
-def run_suite(name: str, folder: Path, workers: int, keep: Path | None) -> dict[str, int | float | list[str]]:
-    """Runs one suite's class in a process of its own; returns its counts and the names of what failed."""
+def run_suite(name: str, folder: Path, workers: int, keep: Path | None) -> str:
+    """Runs one suite's class in a process of its own; returns what pytest printed."""
     tiny = folder / "tiny" / name
     tiny.mkdir(parents=True)
     save_tiny_models(SUITES[name](), tiny)
@@ -128,18 +130,17 @@ def run_suite(name: str, folder: Path, workers: int, keep: Path | None) -> dict[
     }
     command = [sys.executable, "-m", "pytest", f"tests/test_by_hand.py::{name}Test", "-n", str(workers)]
     print(f"{name}: running", file=sys.stderr)
-    start = time.perf_counter()
     # A rank that fails alone leaves the others waiting.
     command += ["-q", "-rfEs", "--timeout", "600"]
     run = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if keep is not None:
         keep.mkdir(parents=True, exist_ok=True)
         (keep / f"{name}.txt").write_text(run.stdout)
-    return {**counts(run.stdout), "seconds": round(time.perf_counter() - start, 1)}
+    return run.stdout
 
 
-def counts(output: str) -> dict[str, int | list[str]]:
-    """Numbers of pytest's last line, as in `167 passed, 139 skipped, 1217 subtests passed in 180.00s`."""
+def counts(output: str) -> dict[str, int | float | list[str]]:
+    """Numbers of pytest's last line, as in `167 passed, 139 skipped, 1217 subtests passed in 180.00s`, and failures."""
     found = {kind: int(number) for number, kind in re.findall(r"(\d+) ([a-z ]+?)s?(?=,| in )", output.splitlines()[-1])}
     failures = sorted(set(re.findall(r"^(?:SUB)?(?:FAILED|ERROR).*::(test_\w+)", output, re.MULTILINE)))
     failed = found.get("failed", 0) + found.get("error", 0) + found.get("subtests failed", 0)
@@ -148,7 +149,25 @@ def counts(output: str) -> dict[str, int | list[str]]:
         "failed": failed,
         "skipped": found.get("skipped", 0),
         "failures": failures,
+        "seconds": float(re.findall(r" in ([\d.]+)s", output.splitlines()[-1])[0]),
     }
+
+
+def skips_beyond_llama(output: str, outputs: dict[str, str]) -> dict[str, list[str]]:
+    """Reasons of what is skipped where stock Llama is tested: a family that lost a feature would lose tests unseen."""
+    if "Llama" not in outputs:
+        return {}
+    ours, llamas = skips(output), skips(outputs["Llama"])
+    beyond = [reason for place, reasons in ours.items() for reason in reasons[len(llamas.get(place, [])) :]]
+    return {"skipped_beyond_llama": sorted(beyond)}
+
+
+def skips(output: str) -> dict[str, list[str]]:
+    """Reasons for skipping by the line of the library that skips, from `SKIPPED [2] tests/test_x.py:12: reason`."""
+    found: dict[str, list[str]] = {}
+    for times, place, reason in re.findall(r"^SKIPPED \[(\d+)\] (\S+:\d+): (.+)$", output, re.MULTILINE):
+        found.setdefault(place, []).extend([reason] * int(times))
+    return found
 
 
 def description(repository: Path) -> dict[str, object]:
