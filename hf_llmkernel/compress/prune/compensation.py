@@ -1,7 +1,8 @@
 """What the columns that stay, and a bias, take over from those that go.
 
 The inputs X `[T, I]` enter through `gram` = XᵀX, `mean` and `count`; W is the linear's weight, k its kept columns and p
-the pruned ones.
+the pruned ones. Least squares follow the calibration tokens closely where these are few for the columns there are: a
+dampening of 0.1 lost less on other text than 0.01 at 8 thousand tokens and 1,536 columns, and as much at 33 thousand.
 
 Shapes: T tokens, O out_features, I in_features, K columns kept.
 """
@@ -22,7 +23,7 @@ class Compensation(NamedTuple):
 
 
 def least_squares_columns(
-    weight: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor, dampening: float = 0.01
+    weight: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor, dampening: float = 0.1
 ) -> Compensation:
     """The kept columns that reproduce the whole linear's output best, without a bias.
 
@@ -61,7 +62,7 @@ def least_squares_with_bias(
     mean: torch.Tensor,
     count: int,
     keep: torch.Tensor,
-    dampening: float = 0.01,
+    dampening: float = 0.1,
 ) -> Compensation:
     """The kept columns and the bias that together reproduce the whole linear's output best.
 

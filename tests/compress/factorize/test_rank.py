@@ -29,7 +29,7 @@ def test_no_other_multiple_that_saves_comes_nearer_to_the_ratio(shape, ratio, al
     dense = shape[0] * shape[1]
     legal = [rank for rank in range(align, min(shape) + 1, align) if rank * sum(shape) < dense]
     distances = {rank: abs(rank * sum(shape) - (1 - ratio) * dense) for rank in legal}
-    rank = rank_for_ratio(*shape, ratio, align)
+    rank = rank_for_ratio(shape[0], shape[1], ratio, align)
     assert distances[rank] == pytest.approx(min(distances.values()), abs=1e-6)
 
 
@@ -107,6 +107,22 @@ def test_a_flat_spectrum_stays_dense_and_a_steep_one_pays_for_it():
     flat = torch.ones(64)
     budget = 64 * 64 + 16 * 128  # one dense, and more than the steep one's eight ranks
     assert allocate_ranks([steep, flat], [(64, 64), (64, 64)], budget, align=8) == [16, None]
+
+
+def test_the_loss_of_a_rank_is_what_it_leaves_out():
+    """One has 8 large values, the other 9 smaller ones: a rank of 16 helps the other alone."""
+    eight, nine = torch.zeros(64), torch.zeros(64)
+    eight[:8], nine[:9] = 1, 0.4
+    assert allocate_ranks([eight, nine], [(64, 64)] * 2, 3 * 8 * 128, align=8) == [8, 16]
+
+
+def test_a_step_counts_by_what_it_costs():
+    """Two steps of 1,024 parameters that save 0.6 each, against one of 2,048 that saves 1."""
+    small, large = torch.zeros(64), torch.zeros(64)
+    small[:16], large[:16] = 0.6 / 8, 1 / 8
+    shapes = [(64, 64), (64, 64), (64, 192)]
+    budget = 8 * (128 + 128 + 256) + 2048
+    assert allocate_ranks([small, small, large], shapes, budget, align=8) == [16, 16, 8]
 
 
 def test_a_linear_that_no_rank_saves_stays_dense():

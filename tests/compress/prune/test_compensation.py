@@ -27,7 +27,9 @@ def ridge(inputs, weight, dampening):
 @pytest.mark.parametrize("dampening", [0.0, 0.01, 1.0])
 def test_least_squares_solves_the_problem(layer, dampening):
     solved = least_squares_columns(layer.weight, layer.gram, KEEP, dampening)
-    np.testing.assert_allclose(solved.weight.numpy(), ridge(*layer, dampening), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        solved.weight.numpy(), ridge(layer.inputs, layer.weight, dampening), rtol=1e-3, atol=1e-4
+    )
     assert solved.bias is None
     assert solved.dampening == dampening
 
@@ -40,6 +42,7 @@ def test_least_squares_with_bias_solves_the_problem_with_an_intercept(layer, dam
     np.testing.assert_allclose(solved.weight.numpy(), expected, rtol=1e-3, atol=1e-3)
     kept = layer.inputs[:, KEEP].double()
     residual = layer.inputs.double() @ layer.weight.double().T - kept @ solved.weight.double().T
+    assert solved.bias is not None
     torch.testing.assert_close(solved.bias.double(), residual.mean(0), rtol=1e-4, atol=1e-5)
 
 
@@ -48,6 +51,7 @@ def test_without_dampening_the_intercept_is_that_of_a_column_of_ones(layer):
     inputs = torch.cat([layer.inputs[:, KEEP].double(), ones], dim=1)
     expected = torch.linalg.lstsq(inputs, layer.inputs.double() @ layer.weight.double().T).solution
     solved = least_squares_with_bias(layer.weight, layer.gram, layer.mean, TOKENS, KEEP, 0)
+    assert solved.bias is not None
     torch.testing.assert_close(solved.bias.double(), expected[-1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(solved.weight.double(), expected[:-1].T, rtol=1e-3, atol=1e-3)
 

@@ -66,5 +66,10 @@ def test_correlations_tell_more_than_wanda_where_least_squares_follows(layer):
     assert losses[1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("rounds", [1, 2, 4, 7, 100])
+def test_any_number_of_rounds_keeps_the_count(layer, rounds):
+    assert len(obs_select(layer.weight, layer.gram, 15, rounds=rounds)[0]) == 15
+
+
 def test_nothing_to_remove_keeps_all(layer):
     assert obs_select(layer.weight, layer.gram, IN)[0].tolist() == list(range(IN))

@@ -84,6 +84,19 @@ def test_minimum_holds_against_the_lowest_scores():
     assert allocate_widths(scores, 0.5, align=8, minimum=17) == [24, 40]
 
 
+def test_of_two_totals_equally_near_the_smaller():
+    assert allocate_widths([torch.arange(4.0)], 0.375, align=1) == [2]  # 2.5 lies between 2 and 3
+
+
+def test_of_two_multiples_equally_near_the_smaller():
+    scores = [torch.tensor([1.0] * 6 + [0.0] * 2), torch.ones(8)]  # 6 lies between 4 and 8
+    assert allocate_widths(scores, 0.25, align=4) == [4, 8]
+
+
+def test_a_threshold_above_all_scores_leaves_the_minimum():
+    assert allocate_widths([torch.ones(64)], 0.7, align=8, minimum=16) == [16]
+
+
 def test_a_width_that_keeps_all_need_not_be_a_multiple():
     scores = [torch.ones(50), torch.zeros(64).index_fill(0, torch.arange(32), 1.0)]
     assert allocate_widths(scores, 0.28, align=16) == [50, 32]
