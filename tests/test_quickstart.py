@@ -138,7 +138,7 @@ def test_output_in_the_way_is_left_alone(finished, source, text, capsys):
     ("more", "message"),
     [
         (["--ratio", "1"], "ratio=1"),
-        (["--align", "64"], "ratio=0.125 of 64 neurons leaves 56"),
+        (["--align", "64"], "ratio=0.125: of 64 leaves 56"),
         (["--samples", "20000"], "lower either or give a longer text"),
         (["--context", "129"], "evaluation.context=129: is above"),
         (["--model", "no/such/model"], "neither a folder, a .gguf file nor a Hub id"),

@@ -1,12 +1,31 @@
-"""One decoder block in memory: its stored tensors, its own configuration, and the module they make."""
+"""One decoder block in memory: its stored tensors, its own configuration, and what stages may do to both.
+
+Stages work on *matrices*: `q_proj`, or where it is low-rank its factors `q_proj.a` and `q_proj.b`. Whatever a matrix is
+stored as, `weight` gives its dense values; `store` puts new ones back, in any form.
+
+Shapes: O out_features, I in_features, R rank.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
-from ..model.configuration_llm_kernel import ATTENTION_LINEARS, LinearForm, LLMKernelConfig
-from ..model.linear_llm_kernel import pack_weight
+from ..checkpoint.model_folder import block_module, in_fp32, stored_as
+from ..model.configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LinearForm, LLMKernelConfig
+from ..model.linear_llm_kernel import pack_weight, unpack_mask, unpack_weight
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer
 
-EXACT_SUFFIXES = ("scales", "zero_points")  # keep the dtype of their form, whatever the model's
+# Places in a block where linears take the same inputs, in the order of the computation.
+SITES = {
+    "attention_input": ("q_proj", "k_proj", "v_proj"),
+    "attention_output": ("o_proj",),
+    "mlp_input": ("gate_proj", "up_proj"),
+    "mlp_output": ("down_proj",),
+}
+SUBLAYER_LINEARS = {"attention": ATTENTION_LINEARS, "mlp": MLP_LINEARS}
+SUBLAYER_MODULES = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 
 
 class Block:
@@ -15,7 +34,8 @@ class Block:
     Args:
         index: of the layer.
         layer: its own configuration, `config.per_layer_config[index]`; stages change it.
-        tensors: `{name inside the block: tensor as stored}`, as in `self_attn.q_proj.weight`.
+        tensors: `{name inside the block: tensor as stored}`, as in `self_attn.q_proj.weight`; kept in fp32 until
+            `cast`, so that stages after one another do not round in between.
 
     Raises:
         ValueError: a tensor missing, unknown, or of a shape that the configuration does not have.
@@ -24,12 +44,15 @@ class Block:
     def __init__(self, index: int, layer: LLMKernelConfig, tensors: dict[str, torch.Tensor]):
         self.index = index
         self.layer = layer
-        self.tensors = tensors
+        self.tensors = in_fp32(tensors)
+        self.notes: list[dict[str, Any]] = []
         self.check()
 
     def check(self) -> None:
         """Raises `ValueError` where the tensors are not those of the configuration."""
-        expected = {name: tuple(tensor.shape) for name, tensor in self._empty_module().state_dict().items()}
+        with torch.device("meta"):
+            module = LLMKernelDecoderLayer(self.layer, self.index)
+        expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         for name in sorted(expected.keys() ^ self.tensors.keys()):
             fault = "missing" if name in expected else "not of the configuration"
             raise ValueError(f"{self.path(name)}: {fault}; config.json and the weights must be of one checkpoint.")
@@ -41,82 +64,182 @@ class Block:
                 )
 
     def path(self, name: str) -> str:
-        """The full name of a tensor or linear of this block, for messages."""
-        return f"model.layers.{self.index}.{name}"
+        """The full name of a tensor or matrix of this block, for messages."""
+        leaf = name.partition(".")[0]
+        return f"model.layers.{self.index}.{module_path(name) if leaf in ATTENTION_LINEARS + MLP_LINEARS else name}"
 
-    def linear_path(self, leaf: str) -> str:
-        """Where a linear lies inside the block: `mlp.down_proj` for `down_proj`."""
-        return f"{'self_attn' if leaf in ATTENTION_LINEARS else 'mlp'}.{leaf}"
+    def note(self, **facts: Any) -> None:
+        """Records what a stage has to tell of this block: a fallback, a loss."""
+        self.notes.append(facts)
+
+    # What is there
+
+    def has(self, sublayer: str) -> bool:
+        """Whether it has `"attention"` or `"mlp"`."""
+        return sublayer not in (self.layer.skip or [])
 
     def linears(self) -> list[str]:
         """Leaf names of the linears it has, those of skipped sublayers left out."""
-        skipped = self.layer.skip or []
-        absent = {"self_attn": "attention" in skipped, "mlp": "mlp" in skipped}
-        return [leaf for leaf in self.layer.linear_shapes() if not absent[self.linear_path(leaf).split(".")[0]]]
+        return present_linears(self.layer)
 
-    def weight(self, leaf: str) -> torch.Tensor:
-        """The weight `[O, I]` of a dense linear in fp32."""
-        return self.tensors[f"{self.linear_path(leaf)}.weight"].float()
+    def matrices(self, site: str | None = None) -> list[str]:
+        """Names of its matrices, by default of all sites, in the order of the computation."""
+        return matrix_names(self.layer, site)
 
-    def set_weight(self, leaf: str, weight: torch.Tensor) -> None:
-        """Replaces the weight of a dense linear, in the dtype it had."""
-        name = f"{self.linear_path(leaf)}.weight"
-        self.tensors[name] = weight.to(self.tensors[name].dtype).contiguous()
+    def form(self, name: str) -> LinearForm:
+        """The form of a linear or of a matrix."""
+        return matrix_form(self.layer, name)
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        """The stored tensors of a linear or matrix by suffix, bias apart."""
+        path = f"{module_path(name)}."
+        found = {key.removeprefix(path): tensor for key, tensor in self.tensors.items() if key.startswith(path)}
+        return {suffix: tensor for suffix, tensor in found.items() if suffix.rpartition(".")[2] != "bias"}
+
+    def weight(self, name: str) -> torch.Tensor:
+        """The dense weight of a linear or matrix, fp32 `[O, I]`."""
+        form = self.form(name)
+        return unpack_weight(self.stored(name), form, matrix_shape(self.layer, name)[1], torch.float32).float()
+
+    def mask(self, name: str) -> torch.Tensor | None:
+        """What a sparse matrix keeps, bool `[O, I]`; `None` where it keeps all."""
+        stored = self.stored(name)
+        return unpack_mask(stored["mask"], matrix_shape(self.layer, name)[1]) if "mask" in stored else None
+
+    def bias(self, leaf: str) -> torch.Tensor | None:
+        """The bias of a linear, fp32 `[O]`."""
+        return self.tensors.get(self._bias_name(leaf))
+
+    # What stages do
+
+    def store(self, name: str, weight: torch.Tensor, form: LinearForm, **packing: torch.Tensor | None) -> None:
+        """Replaces a matrix by a weight `[O, I]` in a form, bias apart; `packing` as `pack_weight` takes it.
+
+        Raises:
+            ValueError: a weight that the form cannot hold, naming the matrix.
+        """
+        path = module_path(name)
+        try:
+            stored = {"weight": weight.contiguous()} if form.is_dense else pack_weight(weight, form, **packing)
+        except ValueError as error:
+            raise ValueError(f"{self.path(name)}: {error}") from None
+        for suffix in self.stored(name):
+            del self.tensors[f"{path}.{suffix}"]
+        self.tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
+        set_form(self.layer, name, form)
+
+    def set_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Replaces the values of a matrix that keep its form: a sparse one its mask, an integer one its grid."""
+        stored = self.stored(name)
+        grid = {key: stored.get(key) for key in ("scales", "zero_points")}
+        self.store(name, weight, self.form(name), mask=self.mask(name), **grid)
+
+    def factorize(self, leaf: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Replaces a dense linear by two, of weights a `[R, I]` and b `[O, R]`."""
+        path, bias = module_path(leaf), self.tensors.pop(self._bias_name(leaf), None)
+        del self.tensors[f"{path}.weight"]
+        self.tensors |= {f"{path}.a.weight": a.contiguous(), f"{path}.b.weight": b.contiguous()}
+        if bias is not None:
+            self.tensors[f"{path}.b.bias"] = bias
+        set_form(self.layer, leaf, LinearForm(rank=len(a)))
+
+    def set_bias(self, leaf: str, bias: torch.Tensor) -> None:
+        """Gives a linear a bias `[O]`, whether it had one or not."""
+        self.tensors[self._bias_name(leaf)] = bias.contiguous()
+        own = LinearForm.from_dict((self.layer.linear_forms or {}).get(leaf))
+        _write_form(self.layer, leaf, replace(own, bias=True))
 
     def keep_outputs(self, leaf: str, keep: torch.Tensor) -> None:
-        """Leaves a dense linear only the outputs of indices `keep`, of its weight and its bias."""
-        for name in (f"{self.linear_path(leaf)}.{suffix}" for suffix in ("weight", "bias")):
-            if name in self.tensors:
-                self.tensors[name] = self.tensors[name][keep]
+        """Leaves a linear only the outputs of indices `keep`, of its weight and its bias."""
+        name = f"{leaf}.b" if self.form(leaf).rank is not None else leaf
+        stored, mask, form = self.stored(name), self.mask(name), self.form(name)
+        rows = {key: stored[key][keep] for key in ("scales", "zero_points") if key in stored}
+        kept = None if mask is None else mask[keep]
+        if form.nnz is not None and kept is not None:
+            form = replace(form, nnz=int(kept.sum()))
+        self.store(name, self.weight(name)[keep], form, mask=kept, **rows)
+        bias = self.bias(leaf)
+        if bias is not None:
+            self.tensors[self._bias_name(leaf)] = bias[keep].contiguous()
 
-    def pack(self, leaf: str, form: LinearForm) -> None:
-        """Stores a dense linear in a packed form; the layer's configuration must name that form too."""
-        weight = self.tensors.pop(f"{self.linear_path(leaf)}.weight")
-        try:
-            packed = pack_weight(weight.float(), form)
-        except ValueError as error:
-            raise ValueError(f"{self.path(self.linear_path(leaf))}: {error}") from None
-        self.tensors |= {f"{self.linear_path(leaf)}.{suffix}": tensor for suffix, tensor in packed.items()}
+    def skip(self, sublayer: str) -> None:
+        """Removes a sublayer, its norm too."""
+        prefixes = tuple(f"{module}." for module in SUBLAYER_MODULES[sublayer])
+        self.tensors = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(prefixes)}
+        skip_sublayer(self.layer, sublayer)
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Gives every floating tensor the dtype it is stored in; scales and zero points have their form's."""
+    def cast(self, dtype: torch.dtype, leaves: Iterable[str] | None = None) -> None:
+        """Gives floating tensors the dtype they are stored in, of some linears or of all the block.
+
+        Scales and zero points have their form's.
+        """
+        prefixes = ("",) if leaves is None else tuple(f"{module_path(leaf)}." for leaf in leaves)
         for name, tensor in self.tensors.items():
-            self.tensors[name] = stored_as(name, tensor, dtype)
+            if name.startswith(prefixes):
+                self.tensors[name] = stored_as(self.path(name), tensor, dtype)
 
     def module(self) -> LLMKernelDecoderLayer:
         """The block as a module that computes in fp32 with exactly the values that are stored."""
-        module = self._empty_module()
-        exact = {name: stored_as(name, tensor, torch.float32) for name, tensor in self.tensors.items()}
-        module.load_state_dict(exact, assign=True)
-        return module.eval()
+        return block_module(self.layer, self.index, self.tensors)
 
-    def _empty_module(self) -> LLMKernelDecoderLayer:
-        with torch.device("meta"):
-            return LLMKernelDecoderLayer(self.layer, self.index)
+    def _bias_name(self, leaf: str) -> str:
+        factor = ".b" if self.form(leaf).rank is not None else ""
+        return f"{module_path(leaf)}{factor}.bias"
 
 
-def stored_as(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in the model's dtype, but for integers, and scales and zero points, which have their own.
-
-    Raises:
-        ValueError: values beyond the range of the dtype.
-    """
-    if not tensor.is_floating_point() or name.rpartition(".")[2] in EXACT_SUFFIXES:
-        return tensor
-    cast = tensor.to(dtype)
-    if cast.dtype != tensor.dtype and not cast.isfinite().all():
-        raise ValueError(f"dtype={str(dtype)[6:]}: {name} has values beyond its range; choose bfloat16 or float32.")
-    return cast
+def module_path(name: str) -> str:
+    """Where a linear or matrix lies inside the block: `mlp.down_proj` for `down_proj`."""
+    return f"{'self_attn' if name.partition('.')[0] in ATTENTION_LINEARS else 'mlp'}.{name}"
 
 
-def group_by_block(names: list[str], prefix: str) -> tuple[dict[int, list[str]], list[str]]:
-    """Names of a checkpoint's tensors by the layer they belong to, and those that belong to none."""
-    blocks: dict[int, list[str]] = {}
-    others = []
-    for name in names:
-        number, _, rest = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and number.isdigit() and rest:
-            blocks.setdefault(int(number), []).append(name)
-        else:
-            others.append(name)
-    return blocks, others
+def present_linears(layer: LLMKernelConfig) -> list[str]:
+    """Leaf names of the linears of a layer, those of skipped sublayers left out."""
+    skipped = {leaf for sublayer in layer.skip or [] for leaf in SUBLAYER_LINEARS[sublayer]}
+    return [leaf for leaf in layer.linear_shapes() if leaf not in skipped]
+
+
+def matrix_names(layer: LLMKernelConfig, site: str | None = None) -> list[str]:
+    """Names of the matrices of a layer, of one site or of all."""
+    leaves = [leaf for leaf in present_linears(layer) if site is None or leaf in SITES[site]]
+    split = {leaf: (f"{leaf}.a", f"{leaf}.b") for leaf in leaves if layer.linear_form(leaf).rank is not None}
+    return [name for leaf in leaves for name in split.get(leaf, (leaf,))]
+
+
+def matrix_form(layer: LLMKernelConfig, name: str) -> LinearForm:
+    """The form of a linear or matrix of a layer."""
+    leaf, _, factor = name.partition(".")
+    form = layer.linear_form(leaf)
+    return dict(zip("ab", form.factors, strict=True))[factor] if factor else form
+
+
+def matrix_shape(layer: LLMKernelConfig, name: str) -> tuple[int, int]:
+    """O and I of a linear or matrix of a layer."""
+    leaf, _, factor = name.partition(".")
+    out_features, in_features = layer.linear_shapes()[leaf]
+    rank = layer.linear_form(leaf).rank or 0
+    return {"": (out_features, in_features), "a": (rank, in_features), "b": (out_features, rank)}[factor]
+
+
+def set_form(layer: LLMKernelConfig, name: str, form: LinearForm) -> None:
+    """Gives a linear or matrix of a layer a form; whether it has a bias stays as it is."""
+    leaf, _, factor = name.partition(".")
+    own = LinearForm.from_dict((layer.linear_forms or {}).get(leaf))
+    if factor:
+        plain = replace(form, bias=None)
+        _write_form(layer, leaf, replace(own, **{factor: None if plain == LinearForm() else plain}))
+    else:
+        _write_form(layer, leaf, replace(form, bias=own.bias))
+
+
+def skip_sublayer(layer: LLMKernelConfig, sublayer: str) -> None:
+    """Leaves a sublayer out of a layer's configuration, the forms of its linears too."""
+    layer.skip = sorted({*(layer.skip or []), sublayer})
+    gone = SUBLAYER_LINEARS[sublayer]
+    layer.linear_forms = {leaf: form for leaf, form in (layer.linear_forms or {}).items() if leaf not in gone}
+
+
+def _write_form(layer: LLMKernelConfig, leaf: str, form: LinearForm) -> None:
+    forms = {key: own for key, own in (layer.linear_forms or {}).items() if key != leaf}
+    if form != LinearForm():
+        forms[leaf] = form.to_dict()
+    layer.linear_forms = forms

@@ -4,11 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from ..data import load_documents, split_documents, token_windows
+from ..evaluate.inventory import inspect
+from ..evaluate.machine import available_bytes
 from ..evaluate.measure import compare, with_baseline
 from ..evaluate.report import write_report
 from ..evaluate.speed import SpeedSettings
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .recipe import Evaluation
+
+LOADED_TO_STORED = 3  # a model in memory takes its files, a dense copy of packed weights, and activations
 
 
 def check_evaluation(evaluation: Evaluation, tokenizer: Any, config: LLMKernelConfig) -> None:
@@ -22,13 +26,26 @@ def check_evaluation(evaluation: Evaluation, tokenizer: Any, config: LLMKernelCo
     token_windows(tokenizer, documents, evaluation.context, evaluation.tokens, config.vocab_size)
 
 
-def measure(dense: Path, compressed: Path, evaluation: Evaluation, names: list[str], progress: bool) -> dict[str, Any]:
-    """Measures both in turns, writes the report into the compressed one's folder, and returns it as a dictionary."""
+def measure(
+    dense: Path, compressed: Path, evaluation: Evaluation, names: list[str], progress: bool, memory_bytes: int | None
+) -> dict[str, Any] | None:
+    """Measures both in turns, writes the report into the compressed one's folder, and returns it as a dictionary.
+
+    Perplexities are taken block by block; speed only where both models fit in `memory_bytes`, by default what is
+    available. `None` without an evaluation text.
+    """
+    if evaluation.source is None:
+        return None
+    needed = LOADED_TO_STORED * max(inspect(folder).bytes_on_disk or 0 for folder in (dense, compressed))
+    memory = available_bytes() if memory_bytes is None else memory_bytes
+    reason = f"loading it takes some {needed / 1e9:.1f} GB of memory, allowed are {memory / 1e9:.1f} GB"
     before, after = compare(
         [dense, compressed],
         text=evaluation.source,
         context=evaluation.context,
         tokens=evaluation.tokens,
+        speed=evaluation.speed,
+        no_speed_reason=reason if needed > memory else None,
         settings=SpeedSettings(prompt=evaluation.prompt),
         names=names,
         progress=progress,

@@ -1,5 +1,8 @@
 """The one list of methods: importing it registers every stage."""
 
-from . import prune_ffn, quantize
+from .factorize import stage as factorize
+from .prune import depth as drop_layers
+from .prune import stage as prune
+from .quantize import stage as quantize
 
-__all__ = ["prune_ffn", "quantize"]
+__all__ = ["drop_layers", "factorize", "prune", "quantize"]

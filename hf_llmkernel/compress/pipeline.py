@@ -1,24 +1,37 @@
 """`compress`: a recipe run over a checkpoint, from whatever it is given as to a folder with its report.
 
-Reading order: compress -> the checkpoint as a folder of this family -> the sweep (`sweep.py`) -> the measurement.
+Reading order: compress -> the checkpoint as a folder of this family -> phases (`Run`) -> the folder -> the measurement.
 """
 
-import tempfile
+import hashlib
+import json
+import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import check_output, output_folder
+import torch
+
+from ..checkpoint import CheckpointWriter, check_disk_space, check_output, output_folder, part_folder
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
 from ..convert.incoming import read_config_fields
 from ..convert.source import copy_companions, locate_source
 from ..model.configuration_llm_kernel import LLMKernelConfig
+from .calibration import calibration_ids
+from .disk import write_json
 from .measure import check_evaluation, measure
+from .plan import plan_stages
 from .recipe import Recipe
-from .sweep import Sweep
+from .run import Run
+
+WORK, COMPLETE = "work", "complete"  # what only an unfinished run needs, inside of the unfinished output
+SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
 
 
 @dataclass(frozen=True)
@@ -27,20 +40,23 @@ class Compression:
 
     Args:
         source, output: the checkpoint and the new folder.
-        stages: one entry a stage: its settings, and under `result` what it reached, once for all layers alike.
+        stages: one entry a stage: its settings, under `result` what it reached, once for all layers alike, and under
+            `decision` what it decided over all layers.
+        notes: what stages told of single layers: `{"layer", "stage", …}`.
         weight_bytes: of all tensors written.
         calibration_tokens: that ran through the model.
-        seconds: of the compression, and `forward_seconds` of it in calibration forwards; `measure_seconds` come on top.
+        seconds: of the compression, and `seconds_by` what they were spent on; `measure_seconds` come on top.
         report: the measured report as a dictionary; `None` without an evaluation text.
     """
 
     source: str
     output: str
     stages: list[dict[str, Any]]
+    notes: list[dict[str, Any]]
     weight_bytes: int
     calibration_tokens: int
     seconds: float
-    forward_seconds: float
+    seconds_by: dict[str, float] = field(default_factory=dict)
     measure_seconds: float = 0.0
     report: dict[str, Any] | None = None
 
@@ -55,8 +71,11 @@ def compress(
     output_dir: str | Path,
     tokenizer: Any = None,
     progress: bool = True,
+    memory_bytes: int | None = None,
 ) -> Compression:
     """Runs a recipe over a checkpoint and writes a new one that `from_pretrained` loads.
+
+    Interrupted (killed, out of disk), the same call goes on where it was and ends with the same bytes.
 
     Args:
         model_or_path: a folder, Hub id or `.gguf` file of this family or of one that `convert_checkpoint` knows, or a
@@ -66,6 +85,7 @@ def compress(
         output_dir: a new or empty folder; it appears when everything in it is complete.
         tokenizer: for the texts; by default the checkpoint's own. One given is saved with the result.
         progress: whether to show bars on stderr.
+        memory_bytes: a model larger than this is not loaded whole to measure its speed; by default what is available.
 
     Raises:
         ValueError: bad input, naming the layer, file or setting and the remedy; nothing is written then.
@@ -73,60 +93,91 @@ def compress(
     """
     recipe = Recipe.load(recipe)
     check_output(output_dir)
-    with output_folder(output_dir) as folder, _family_checkpoint(model_or_path, tokenizer, folder, progress) as source:
-        started = time.monotonic()
-        sweep = _compress_folder(source, folder, recipe, tokenizer, progress)
-        compressed = time.monotonic()
+    with _part(output_dir, model_or_path, recipe) as folder:
+        work = folder / WORK
+        source = _family_checkpoint(model_or_path, tokenizer, work, progress)
+        run = _prepare(source, recipe, tokenizer, work, progress)
+        weight_bytes = _write_result(run.run(), source, folder, recipe, tokenizer)
+        (work / COMPLETE).touch()
         names = [_name(model_or_path), Path(output_dir).name]
-        report = measure(source, folder, recipe.evaluation, names, progress) if recipe.evaluation.source else None
-        measured = time.monotonic()
+        started = time.monotonic()
+        report = measure(source, folder, recipe.evaluation, names, progress, memory_bytes)
+        measure_seconds = time.monotonic() - started
+        shutil.rmtree(work)
     return Compression(
         source=_name(model_or_path),
         output=str(output_dir),
-        stages=sweep.outcome,
-        weight_bytes=sweep.weight_bytes,
-        calibration_tokens=sweep.calibration_tokens,
-        seconds=round(compressed - started, 2),
-        forward_seconds=round(sweep.forward_seconds, 2),
-        measure_seconds=round(measured - compressed, 2) if report else 0.0,
+        stages=run.outcome(),
+        notes=run.notes(),
+        weight_bytes=weight_bytes,
+        calibration_tokens=0 if run.ids is None else run.ids.numel(),
+        seconds=round(sum(run.clock.seconds.values()), 2),
+        seconds_by={name: round(value, 2) for name, value in run.clock.seconds.items()},
+        measure_seconds=round(measure_seconds, 2) if report else 0.0,
         report=report,
     )
 
 
-def _compress_folder(source: Path, folder: Path, recipe: Recipe, tokenizer: Any, progress: bool) -> Sweep:
-    """Writes the whole new checkpoint; what cannot be is found out before the sweep."""
-    reads = (tokenizer or load_tokenizer(source)) if recipe.needs_data or recipe.evaluation.source else None
-    sweep = Sweep(source, folder, recipe, reads)
-    if recipe.evaluation.source:
-        check_evaluation(recipe.evaluation, reads, sweep.config)
-    config = sweep.run(progress)
-    copy_companions(source, folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    config.save_pretrained(folder)
-    recipe.save(folder / "recipe.yaml")
-    return sweep
-
-
-def _name(model_or_path: Any) -> str:
-    return Path(model_or_path).name if isinstance(model_or_path, str | Path) else type(model_or_path).__name__
-
-
 @contextmanager
-def _family_checkpoint(model_or_path: Any, tokenizer: Any, folder: Path, progress: bool) -> Iterator[Path]:
-    """A folder of this family with the checkpoint; another family's is converted into a scratch folder."""
-    with tempfile.TemporaryDirectory(prefix="source-", dir=folder) as scratch:
-        path = model_or_path
-        if not isinstance(path, str | Path):
-            path = Path(scratch) / "model"
-            model_or_path.save_pretrained(path)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(path)
-        own = family_folder(path)
-        if own is None:
-            own = Path(scratch) / "converted"
-            convert_checkpoint(path, own, progress=progress)
-        yield own
+def _part(output_dir: str | Path, model_or_path: Any, recipe: Recipe) -> Iterator[Path]:
+    """The unfinished output, taken up where it is of the same run.
+
+    It stays where the run was interrupted, or ended by a fault of the machine. Bad input would end it again: it goes.
+    """
+    identity = {"recipe": recipe.to_dict(), "source": _fingerprint(model_or_path)}
+    _check_same_run(part_folder(output_dir) / WORK, identity)
+    with output_folder(output_dir, resume=True) as folder:
+        work = folder / WORK
+        if not (work / "run.json").is_file() or identity["source"] is None:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(exist_ok=True)
+        write_json(work / "run.json", identity)
+        try:
+            yield folder
+        except ValueError:
+            if not (work / COMPLETE).exists():
+                shutil.rmtree(folder)
+            raise
+
+
+def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
+    """Raises `ValueError` where an unfinished run of another recipe or source is in the way."""
+    file = work / "run.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    for name in ("recipe", "source"):
+        if identity[name] != before[name] and None not in (identity[name], before[name]):
+            raise ValueError(
+                f"output={work.parent}: holds an unfinished run of another {name}; give the same one to go on, or "
+                "remove that folder."
+            )
+
+
+def _fingerprint(model_or_path: Any) -> str | None:
+    """What tells a checkpoint from another: names, sizes and times of its files; `None` for a model in memory."""
+    if not isinstance(model_or_path, str | Path):
+        return None
+    path = Path(model_or_path).expanduser()
+    if not path.exists():
+        return str(model_or_path)
+    files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((str(path.resolve()), stats)).encode()).hexdigest()
+
+
+def _family_checkpoint(model_or_path: Any, tokenizer: Any, work: Path, progress: bool) -> Path:
+    """A folder of this family with the checkpoint; another family's is converted into `work` first."""
+    path = model_or_path
+    if not isinstance(path, str | Path):
+        path = work / "model"
+        model_or_path.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(path)
+    own, converted = family_folder(path), work / "source"
+    if own is None and not converted.is_dir():
+        convert_checkpoint(path, converted, progress=progress)
+    return own or converted
 
 
 def family_folder(source: str | Path) -> Path | None:
@@ -136,6 +187,50 @@ def family_folder(source: str | Path) -> Path | None:
         return None
     fields = read_config_fields(found.folder / "config.json")
     return found.folder if fields.get("model_type") == LLMKernelConfig.model_type else None
+
+
+def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress: bool) -> Run:
+    """The run, once everything that can be known before it has been checked."""
+    reads = (tokenizer or load_tokenizer(source)) if recipe.needs_data or recipe.evaluation.source else None
+    folder = ModelFolder(source)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype
+    plan_stages(folder.config, recipe.stages, dtype, folder.has_head)
+    ids = calibration_ids(recipe.calibration, reads, folder.config) if recipe.needs_data else None
+    if recipe.evaluation.source:
+        check_evaluation(recipe.evaluation, reads, folder.config)
+    check_disk_space(work, needed_disk_bytes(folder, recipe, dtype, ids))
+    return Run(folder, recipe, dtype, ids, work, progress)
+
+
+def needed_disk_bytes(
+    folder: ModelFolder, recipe: Recipe, dtype: torch.dtype, ids: torch.Tensor | None
+) -> int:
+    """Most bytes on disk at once: two sweeps, as if nothing were removed or packed, and activations."""
+    values = sum(math.prod(folder.reader.shape(key)) for key in folder.reader.keys())
+    widest = max(max(layer.linear_shapes()["down_proj"]) for layer in folder.config.per_layer_config)
+    activations = 0 if ids is None else ids.numel() * 4 * (3 * folder.config.hidden_size + widest)
+    return 2 * values * dtype.itemsize + activations + SMALL_FILES_BYTES
+
+
+def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recipe, tokenizer: Any) -> int:
+    """Writes the whole new checkpoint; returns the bytes of its tensors."""
+    for entry in folder.iterdir():  # of an interrupted attempt
+        if entry.is_file() and entry.name != MARKER:
+            entry.unlink()
+    reader = result.reader
+    with CheckpointWriter(folder) as writer:
+        for name in reader.keys():
+            writer.add_blocks(name, reader.dtype(name), reader.shape(name), reader.blocks(name))
+    copy_companions(source, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    result.config.save_pretrained(folder)
+    recipe.save(folder / "recipe.yaml")
+    return writer.total_bytes
+
+
+def _name(model_or_path: Any) -> str:
+    return Path(model_or_path).name if isinstance(model_or_path, str | Path) else type(model_or_path).__name__
 
 
 def load_tokenizer(folder: Path) -> Any:

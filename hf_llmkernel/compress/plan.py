@@ -1,48 +1,75 @@
-"""What a recipe makes of a model, from its configuration alone: shapes, forms, and what they reach.
+"""What a recipe makes of a model, from its configuration alone: shapes, forms, sizes, and what they reach.
 
-Reading order: plan -> layers on their own -> layers as one configuration again.
+Reading order: plan -> one stage -> layers on their own -> layers as one configuration again -> sizes.
 """
 
 import copy
+import math
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
+from ..evaluate.layout import norm_shapes, slots, stored_values
 from ..model.configuration_llm_kernel import LLMKernelConfig
-from .recipe import Recipe
+from .stage import Stage
 
 LAYER_FIELDS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "linear_forms", "skip")
 
 
-def plan_recipe(config: LLMKernelConfig, recipe: Recipe) -> list[dict[str, Any]]:
-    """What each stage would make of a model, from its configuration alone.
+@dataclass(frozen=True)
+class Planned:
+    """A model after a stage.
 
-    Returns:
-        One entry a stage, as in `Compression.stages`.
+    Args:
+        config: its configuration.
+        result: what the stage reached, one entry for all layers that are alike.
+        parameters, weight_bytes: stored values and bytes of all tensors; of a global stage an estimate.
+    """
+
+    config: LLMKernelConfig
+    result: list[dict[str, Any]]
+    parameters: int
+    weight_bytes: int
+
+
+def plan_stages(
+    config: LLMKernelConfig, stages: tuple[Stage, ...], dtype: torch.dtype, has_head: bool = True
+) -> list[Planned]:
+    """What each stage in turn would make of a model.
 
     Raises:
         ValueError: a stage that cannot be, saying where and why.
     """
-    config = copy.deepcopy(config)
+    planned = []
+    for stage in stages:
+        stage.check_choice(config)
+        config, result = plan_stage(config, stage)
+        planned.append(Planned(config, result, *stored_sizes(config, dtype, has_head)))
+    return planned
+
+
+def plan_stage(config: LLMKernelConfig, stage: Stage) -> tuple[LLMKernelConfig, list[dict[str, Any]]]:
+    """The configuration after one stage, each layer as if all were alike, and what it reached."""
+    kept = stage.depth(None, config.num_hidden_layers)
+    config = config if len(kept) == config.num_hidden_layers else keep_layers(config, kept)
     layers = own_layers(config)
-    outcome = []
-    for stage in recipe.stages:
-        stage.check_layers(len(layers))
-        stage.plan_top(config)
-        results = {index: stage.plan(layer) for index, layer in enumerate(layers) if stage.covers(index)}
-        outcome.append({**stage.to_dict(), "result": _variants(results)})
-    merge_layers(config, layers)
-    return outcome
+    results = {index: stage.plan(layer) for index, layer in enumerate(layers) if stage.covers(index)}
+    config = copy.deepcopy(config)
+    stage.plan_top(config)
+    return merge_layers(config, layers), variants(results)
 
 
-def _variants(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+def variants(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     """Distinct results, each with the layers it holds for."""
-    variants: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
     for index, result in results.items():
-        known = next((variant for variant in variants if {**variant, "layers": 0} == {**result, "layers": 0}), None)
+        known = next((variant for variant in found if {**variant, "layers": 0} == {**result, "layers": 0}), None)
         if known is None:
-            variants.append({**result, "layers": [index]})
+            found.append({**result, "layers": [index]})
         else:
             known["layers"].append(index)
-    return variants
+    return found
 
 
 def own_layers(config: LLMKernelConfig) -> list[LLMKernelConfig]:
@@ -63,3 +90,25 @@ def merge_layers(config: LLMKernelConfig, layers: list[LLMKernelConfig]) -> LLMK
             if value != fields[name]:
                 per_layer.setdefault(index, {})[name] = value
     return LLMKernelConfig.from_dict({**fields, **({"per_layer_config": per_layer} if per_layer else {})})
+
+
+def keep_layers(config: LLMKernelConfig, kept: list[int]) -> LLMKernelConfig:
+    """The configuration of a model that has only the layers `kept`, in this order, numbered anew."""
+    layers = own_layers(config)
+    fewer = copy.deepcopy(config)
+    fewer.layer_types = [cast(list, config.layer_types)[index] for index in kept]
+    fewer.num_hidden_layers = len(kept)
+    return merge_layers(fewer, [layers[index] for index in kept])
+
+
+def stored_sizes(config: LLMKernelConfig, dtype: torch.dtype, has_head: bool = True) -> tuple[int, int]:
+    """Values stored, and bytes of all tensors, of a model of this family in a dtype."""
+    norms = sum(map(math.prod, norm_shapes(config, "").values()))
+    parameters, weight_bytes = norms, norms * dtype.itemsize
+    for slot in slots(config, "", has_head):
+        tensors = slot.form.stored_tensors(slot.out_features, slot.in_features)
+        for shape, name in tensors.values():
+            weight_bytes += math.prod(shape) * (dtype if name is None else getattr(torch, name)).itemsize
+        biases = sum(math.prod(shape) for name, (shape, _) in tensors.items() if name.endswith("bias"))
+        parameters += stored_values(slot.form, slot.out_features, slot.in_features) + biases
+    return parameters, weight_bytes

@@ -43,18 +43,22 @@ class Evaluation:
         source: as in `Calibration`; perplexity is measured on the documents that calibration does not take.
         context, tokens: tokens of a window, and of all windows.
         prompt: what both models answer as a sample.
+        speed: whether to measure speed and memory too, where both models fit in memory.
     """
 
     source: str | None = None
     context: int = 1024
     tokens: int = 8192
     prompt: str = "Explain in two sentences why the sky is blue."
+    speed: bool = True
 
     def __post_init__(self):
         _check_source(self.source)
         _check_counts(self, context=2, tokens=2)
         if not isinstance(self.prompt, str) or not self.prompt:
             raise ValueError(f"prompt={self.prompt!r}: must be a text.")
+        if not isinstance(self.speed, bool):
+            raise ValueError(f"speed={self.speed!r}: must be true or false.")
 
 
 @dataclass(frozen=True)

@@ -1,37 +1,66 @@
 """What every stage of a recipe is: its settings, the shapes it decides, and what it does to one block.
 
-A block-local stage is a frozen dataclass of settings, registered under its recipe name, with up to five methods:
+A stage is a frozen dataclass of settings, registered under its recipe name:
 
-    plan            shapes and forms of one layer after it, or why it cannot be; also run on its own, before any work
-    plan_top        the same for the embedding and the head
-    statistics      what it wants to know about the inputs of linears; nothing, if it needs no calibration
-    apply           the work on one block
-    apply_top       the work on the embedding or the head
+    plan            shapes and forms of one layer after it, or why it cannot be, from the configuration alone
+    needs           what it wants to know about the inputs of a layer's linears; nothing, if it needs no calibration
+    apply           the work at one site of a block, which the walk (`walk.py`) stops at in order
+    plan_top, apply_top     the same for the embedding and the head
+    is_global, decide       a decision over all layers at once, made before any block is changed: each layer's *target*
+
+A stage that changes matrices one at a time, whatever else is in the block, is a `MatrixStage` and says `change` instead
+of `apply`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from ..model.configuration_llm_kernel import LLMKernelConfig
-from .block import Block
-from .statistics import InputStatistic
+from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from .block import SITES, Block, matrix_form, matrix_names, module_path, present_linears
+from .inputs import InputStatistic
+
+if TYPE_CHECKING:
+    from .survey import Survey
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """A block-local stage.
+    """A stage.
 
     Args:
+        include: names or globs of the linears it works on (`q_proj`, `*_proj`, `mlp.*`, `q_proj.a`); by default all.
+        exclude: those to leave out.
         layers: `[first, end]`, the layers it works on, `end` left out as in Python; by default all.
+        embeddings: whether it works on the token embedding and the head too.
     """
 
     name: ClassVar[str] = ""
+    # A structural stage removes inputs and outputs of several linears: those of other stages wait until it is done.
+    structural: ClassVar[bool] = False
+    takes_embeddings: ClassVar[bool] = False
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     layers: tuple[int, int] | None = None
+    embeddings: bool = False
 
     def __post_init__(self):
+        self._check_layers()
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise ValueError(f"{name}={patterns!r}: must be a list of names or globs, such as [q_proj, '*_proj'].")
+            object.__setattr__(self, name, tuple(patterns))
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"embeddings={self.embeddings!r}: must be true or false.")
+        if self.embeddings and not self.takes_embeddings:
+            raise ValueError("embeddings=true: this stage works on the blocks alone; leave it out.")
+
+    def _check_layers(self) -> None:
         if self.layers is None:
             return
         numbers = isinstance(self.layers, list | tuple) and all(type(number) is int for number in self.layers)
@@ -41,34 +70,63 @@ class Stage:
 
     @property
     def needs_data(self) -> bool:
-        """Whether calibration hidden states have to run through the blocks."""
+        """Whether calibration text has to run through the blocks."""
+        return False
+
+    @property
+    def is_global(self) -> bool:
+        """Whether `decide` must look at all layers before one is changed."""
         return False
 
     def covers(self, index: int) -> bool:
         """Whether it works on layer `index`."""
         return self.layers is None or self.layers[0] <= index < self.layers[1]
 
-    def check_layers(self, count: int) -> None:
-        """Raises `ValueError` where it names layers that a model of `count` does not have."""
-        if self.layers is not None and self.layers[1] > count:
-            raise ValueError(f"{self.name}: layers={list(self.layers)} is beyond the {count} layers of the model.")
+    def chosen(self, names: Iterable[str]) -> list[str]:
+        """Those of some linears or matrices that `include` and `exclude` leave."""
+        return [name for name in names if _matches(name, self.include) and not _matches(name, self.exclude)]
 
-    def plan(self, layer: LLMKernelConfig) -> dict[str, Any]:
-        """Gives a layer's own configuration its new shapes and forms; returns what is worth reporting of them."""
+    def check_choice(self, config: LLMKernelConfig) -> None:
+        """Raises `ValueError` where it names layers, or linears, that a model does not have."""
+        layers = [cast(LLMKernelConfig, layer) for layer in config.per_layer_config]
+        if self.layers is not None and self.layers[1] > len(layers):
+            named = list(self.layers)
+            raise ValueError(f"{self.name}: layers={named} is beyond the {len(layers)} layers of the model.")
+        names = {name: None for layer in layers for name in (*present_linears(layer), *matrix_names(layer))}
+        for pattern in (*self.include, *self.exclude):
+            if not any(_matches(name, (pattern,)) for name in names):
+                raise ValueError(f"{self.name}: {pattern!r} matches no linear; those of this model are {list(names)}.")
+
+    def decide(self, survey: "Survey") -> dict[str, Any]:
+        """What a global stage decides: `{"targets": one a layer, …}`, of types of JSON."""
+        raise TypeError(f"{type(self).__name__} decides nothing")
+
+    def depth(self, decision: dict[str, Any] | None, count: int) -> list[int]:
+        """Which of `count` layers stay; by default all."""
+        return list(range(count))
+
+    def plan(self, layer: LLMKernelConfig, target: Any = None) -> dict[str, Any]:
+        """Gives a layer's own configuration its new shapes and forms; returns what is worth reporting of them.
+
+        `target` is the layer's part of the decision; without it a global stage plans as if all layers were alike.
+        """
         raise TypeError(f"{type(self).__name__} does not say what shapes it makes")
+
+    def needs(self, layer: LLMKernelConfig) -> dict[str, str]:
+        """`{site: what is to be known of its inputs}`, see `InputStatistic`."""
+        return {}
+
+    def begin(self, block: Block, target: Any = None) -> None:
+        """What is done to a block before anything runs through it."""
+
+    def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> torch.Tensor | None:
+        """Does the work at a site; returns the indices of the site's inputs that stay, where it removed some."""
+        raise TypeError(f"{type(self).__name__} does not say what it does to a block")
 
     def plan_top(self, config: LLMKernelConfig) -> None:
         """Gives the embedding and the head their new forms; by default they stay."""
 
-    def statistics(self, block: Block) -> Mapping[str, InputStatistic]:
-        """`{leaf name: statistic of that linear's inputs}` to be filled before `apply`."""
-        return {}
-
-    def apply(self, block: Block, statistics: Mapping[str, Any]) -> None:
-        """Does the work on a block, its configuration included; `statistics` are the filled ones."""
-        raise TypeError(f"{type(self).__name__} does not say what it does to a block")
-
-    def apply_top(self, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """The stored tensors `{suffix: tensor}` of an embedding or head `[V, H]`; `None` where it stays as it is."""
         return None
 
@@ -76,3 +134,68 @@ class Stage:
         """The recipe's entry, every setting written out."""
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         return {self.name: settings}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixStage(Stage):
+    """A stage that changes matrices one at a time: those of a site after their inputs were seen."""
+
+    def needs(self, layer: LLMKernelConfig) -> dict[str, str]:
+        if not self.needs_data:
+            return {}
+        return {site: self.statistic for site in SITES if self.chosen(matrix_names(layer, site))}
+
+    @property
+    def statistic(self) -> str:
+        """What it wants to know of inputs, see `InputStatistic`."""
+        return "moments"
+
+    def plan(self, layer: LLMKernelConfig, target: Any = None) -> dict[str, Any]:
+        names = self.chosen(matrix_names(layer))
+        facts = {name: self.plan_matrix(layer, name, target) for name in names}
+        return {"matrices": names, **_summary(facts)}
+
+    def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> None:
+        for name in self.chosen(block.matrices(site)):
+            self.change(block, name, None if inputs is None else matrix_inputs(block, name, inputs), target)
+
+    def plan_matrix(self, layer: LLMKernelConfig, name: str, target: Any) -> dict[str, Any]:
+        """Gives one matrix of a layer's configuration its new form; returns what is worth reporting."""
+        raise TypeError(f"{type(self).__name__} does not say what form it makes")
+
+    def change(self, block: Block, name: str, inputs: InputStatistic | None, target: Any) -> None:
+        """Does the work on one matrix."""
+        raise TypeError(f"{type(self).__name__} does not say what it does to a matrix")
+
+
+def matrix_inputs(block: Block, name: str, inputs: InputStatistic) -> InputStatistic:
+    """The inputs of a matrix at a site: of a low rank's second factor, what the first puts out."""
+    leaf, _, factor = name.partition(".")
+    return inputs.through(block.weight(f"{leaf}.a").to(inputs.sums.device)) if factor == "b" else inputs
+
+
+def refuse_form(stage: str, layer: LLMKernelConfig, name: str, remedy: str) -> None:
+    """Raises `ValueError`: a matrix is stored in a form that a stage cannot work on."""
+    form = matrix_form(layer, name).to_dict()
+    raise ValueError(f"{stage}: {name} is stored as { {k: v for k, v in form.items() if k != 'version'} }; {remedy}")
+
+
+def own_form(form: LinearForm) -> dict[str, Any]:
+    """A form's own entries, for a report."""
+    return {key: value for key, value in form.to_dict().items() if key != "version"}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits a matrix: its own name, its linear's, or either with the sublayer before it."""
+    leaf = name.partition(".")[0]
+    names = {name, leaf, module_path(name), module_path(leaf)}
+    return any(fnmatchcase(known, pattern) for known in names for pattern in patterns)
+
+
+def _summary(facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Facts that all matrices share as one, the others a matrix."""
+    shared = dict(next(iter(facts.values()), {}))
+    for fact in facts.values():
+        shared = {key: value for key, value in shared.items() if fact.get(key, ...) == value}
+    own = {name: {k: v for k, v in fact.items() if k not in shared} for name, fact in facts.items()}
+    return {**shared, **({"each": own} if any(own.values()) else {})}

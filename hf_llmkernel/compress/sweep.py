@@ -1,162 +1,260 @@
-"""The sweep: a checkpoint is read block by block, changed by the stages of a recipe, and written at once.
+"""The sweep: a checkpoint is read block by block, changed by the stages of one phase, and written at once.
 
-What is in memory is one block, the calibration's hidden states, and while it is needed the embedding. Each block sees
-what the compressed blocks before it put out, so that it can make up for them.
+What is in memory is one block and the batch that runs through it; hidden states are on the disk. Each block sees what
+the changed ones before it put out, so that it can make up for them. Every finished block is a file of its own: a sweep
+that was interrupted, however, goes on behind the last of them and ends with the same bytes.
+
+Reading order: run -> top -> blocks -> one block -> what is on the disk.
 """
 
 import copy
-import math
+import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 from tqdm import tqdm
 
-from ..checkpoint import CheckpointReader, CheckpointWriter, check_disk_space
+from ..checkpoint.header import read_header
+from ..checkpoint.model_folder import ModelFolder, embedding_module, stored_as
+from ..checkpoint.reader import INDEX_FILE
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
-from ..model.linear_llm_kernel import build_embedding
-from .block import Block, group_by_block, stored_as
-from .calibration import Walk, calibration_ids
-from .plan import merge_layers, own_layers, plan_recipe
-from .recipe import Recipe
+from .block import SITES, Block
+from .disk import write_json, write_tensors
+from .inputs import NEEDS, InputStatistic
+from .plan import LAYER_FIELDS, merge_layers, own_layers
+from .stage import Stage
+from .survey import embedder
+from .walk import Visit, Walk
 
-SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
+TOP_FILE = "top.safetensors"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage of a phase and its decision: `targets` has one entry a layer, `None` where it decided nothing."""
+
+    stage: Stage
+    targets: list[Any] | None = None
+
+    def target(self, index: int) -> Any:
+        return None if self.targets is None else self.targets[index]
+
+
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, name: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; its time is added under `name`."""
+        started = time.monotonic()
+        try:
+            return work()
+        finally:
+            self.add(name, time.monotonic() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class Sweep:
     """One walk over the blocks of a checkpoint.
 
     Args:
-        source: folder of this family.
-        folder: to write the weights into.
-        recipe: what to do.
-        tokenizer: for calibration.
-
-    Raises:
-        ValueError: a damaged checkpoint, or a recipe that does not fit it.
+        source: the checkpoint.
+        steps: the phase's stages with what they decided.
+        folder: to write into; what an interrupted sweep left there is kept.
+        dtype: of what stays floating.
+        ids: calibration tokens `[S, T]`, or `None`.
+        progress: whether to draw a bar.
+        clock: takes the seconds.
     """
 
-    def __init__(self, source: Path, folder: Path, recipe: Recipe, tokenizer: Any):
-        self.recipe = recipe
+    def __init__(
+        self,
+        source: ModelFolder,
+        steps: list[Step],
+        folder: Path,
+        dtype: torch.dtype,
+        ids: torch.Tensor | None,
+        progress: bool,
+        clock: Clock,
+    ):
+        self.source = source
+        self.steps = steps
         self.folder = folder
-        self.reader = CheckpointReader(source)
-        self.config = LLMKernelConfig.from_pretrained(source)
-        self.config._attn_implementation = "sdpa"
-        self.outcome = plan_recipe(self.config, recipe)
-        self.dtype = getattr(torch, recipe.dtype) if recipe.dtype else self._source_dtype()
-        keys = self.reader.keys()
-        self.prefix = "model." if any(key.startswith("model.layers.") for key in keys) else ""
-        self.blocks, self.others = group_by_block(keys, f"{self.prefix}layers.")
-        if stray := sorted(set(self.blocks) - set(range(self.config.num_hidden_layers))):
-            raise ValueError(
-                f"{self.blocks[stray[0]][0]}: config.json has {self.config.num_hidden_layers} layers only; it and the "
-                "weights must be of one checkpoint."
-            )
-        self.ids = calibration_ids(recipe.calibration, tokenizer, self.config) if recipe.needs_data else None
-        self.forward_seconds = 0.0
-        self.weight_bytes = 0
-        check_disk_space(folder, self._largest_bytes() + SMALL_FILES_BYTES)
-
-    @property
-    def calibration_tokens(self) -> int:
-        return 0 if self.ids is None else self.ids.numel()
+        self.dtype = dtype
+        self.ids = ids if any(step.stage.needs_data for step in steps) else None
+        self.progress = progress
+        self.clock = clock
+        self.count = source.config.num_hidden_layers
 
     @torch.no_grad()
-    def run(self, progress: bool = True) -> LLMKernelConfig:
-        """Writes every tensor and returns the new model's configuration."""
-        layers = own_layers(self.config)
-        with CheckpointWriter(self.folder) as writer, self._bar(progress) as bar:
-            embedding = self._write_top(writer)
-            walk = None if self.ids is None else Walk(self.config, self._embed(embedding))
-            del embedding
-            for index, layer in enumerate(layers):
-                block = self._read_block(index, layer)
-                self._compress_block(block, walk, bar)
-                for name, tensor in block.tensors.items():
-                    writer.add(f"{self.prefix}layers.{index}.{name}", tensor)
-                bar.update()
-        self.weight_bytes = writer.total_bytes
-        return self._new_config(layers)
+    def run(self) -> ModelFolder:
+        """Writes every tensor and the configuration; returns the result."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / TOP_FILE).is_file():
+            self._write_top()
+        done = self._finished()
+        if done < self.count:
+            self._sweep_blocks(done)
+        self._write_config()
+        return ModelFolder(self.folder)
 
-    def _bar(self, progress: bool) -> tqdm:
-        return tqdm(total=self.config.num_hidden_layers, desc="compressing", unit="block", disable=not progress)
+    def notes(self) -> list[list[dict[str, Any]]]:
+        """What stages told of each layer."""
+        return [json.loads(self._file(index, "json").read_text())["notes"] for index in range(self.count)]
 
-    def _compress_block(self, block: Block, walk: Walk | None, bar: tqdm) -> None:
-        for stage in self.recipe.stages:
-            if not stage.covers(block.index):
-                continue
-            bar.set_postfix_str(stage.name)
-            statistics = stage.statistics(block)
-            if statistics and walk is not None:
-                self._timed(walk.observe, block, statistics)
-            stage.apply(block, statistics)
-        block.cast(self.dtype)
-        if walk is not None and self._needs_data_after(block.index):
-            bar.set_postfix_str("forward")
-            self._timed(walk.advance, block)
+    # Embedding, last norm and head
 
-    def _needs_data_after(self, index: int) -> bool:
-        later = range(index + 1, self.config.num_hidden_layers)
-        return any(stage.needs_data and any(map(stage.covers, later)) for stage in self.recipe.stages)
-
-    def _timed(self, step, *arguments) -> None:
-        started = time.monotonic()
-        step(*arguments)
-        self.forward_seconds += time.monotonic() - started
-
-    def _read_block(self, index: int, layer: LLMKernelConfig) -> Block:
-        prefix = f"{self.prefix}layers.{index}."
-        names = self.blocks.get(index, [])
-        return Block(index, layer, {name.removeprefix(prefix): self.reader.tensor(name) for name in names})
-
-    def _write_top(self, writer: CheckpointWriter) -> dict[str, torch.Tensor]:
-        """Writes what belongs to no block; returns the embedding's stored tensors."""
-        embedding = {}
-        for name in self.others:
+    def _write_top(self) -> None:
+        tensors = {}
+        for name in self.source.others:
             module, _, suffix = name.rpartition(".")
             leaf = module.rpartition(".")[2]
-            if leaf == "lm_head" and self.config.tie_word_embeddings:
+            if leaf == "lm_head" and self.source.config.tie_word_embeddings:
                 continue
-            stored = {suffix: stored_as(name, self.reader.tensor(name), self.dtype)}
+            stored = {suffix: self.source.reader.tensor(name)}
             if leaf in ("embed_tokens", "lm_head") and suffix == "weight":
-                stored = self._apply_top(name, stored)
-            for ending, tensor in stored.items():
-                writer.add(f"{module}.{ending}", tensor)
-            if leaf == "embed_tokens":
-                embedding |= stored
-        return embedding
+                stored = self._apply_top(leaf, stored)
+            tensors |= {f"{module}.{key}": stored_as(key, tensor, self.dtype) for key, tensor in stored.items()}
+        write_tensors(self.folder / TOP_FILE, tensors)
 
-    def _apply_top(self, name: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        weight = self.reader.tensor(name)
-        for stage in self.recipe.stages:
-            changed = stage.apply_top(weight)
-            stored = stored if changed is None else changed
+    def _apply_top(self, leaf: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for step in self.steps:
+            changed = step.stage.apply_top(leaf, stored["weight"].float()) if step.stage.embeddings else None
+            if changed is not None:
+                return changed  # no stage works on an embedding that is packed already; `plan_top` has said so
         return stored
 
-    def _embed(self, stored: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The calibration sequences as hidden states, fp32 `[S, T, H]`, by the embedding as it is stored."""
-        config = self._new_config(own_layers(self.config))
-        with torch.device("meta"):
-            form = LinearForm.from_dict(config.embed_tokens_form)
-            embedding = build_embedding(config.vocab_size, config.hidden_size, form)
-        embedding.load_state_dict(stored, assign=True)
-        return embedding(self.ids).float()
+    def _embedding(self) -> nn.Module:
+        """The token embedding as it is now stored."""
+        config = self._config([])
+        path = f"{self.source.prefix}embed_tokens."
+        tensors = load_file(self.folder / TOP_FILE)
+        stored = {name.removeprefix(path): tensor for name, tensor in tensors.items() if name.startswith(path)}
+        return embedding_module(config, LinearForm.from_dict(config.embed_tokens_form), stored)
 
-    def _new_config(self, layers: list[LLMKernelConfig]) -> LLMKernelConfig:
-        config = copy.deepcopy(self.config)
+    # Blocks
+
+    def _sweep_blocks(self, done: int) -> None:
+        walk = None
+        if self.ids is not None:
+            walk = Walk(self.source.config, self.folder, *self.ids.shape)
+            walk.take_up(done, embedder(self._embedding, self.ids))
+            done = walk.index
+        with tqdm(total=self.count, initial=done, desc="compressing", unit="block", disable=not self.progress) as bar:
+            for index in range(done, self.count):
+                block = self.clock.time("read", lambda index=index: self._read_block(index))
+                self._change(block, walk, bar)
+                self.clock.time("write", lambda block=block: self._write_block(block))
+                if walk is not None:
+                    walk.settle()
+                bar.update()
+        if walk is not None:
+            walk.close()
+
+    def _read_block(self, index: int) -> Block:
+        return Block(index, self.source.layer_config(index), self.source.block_tensors(index))
+
+    def _change(self, block: Block, walk: Walk | None, bar: tqdm) -> None:
+        """All stages on one block, one run of the walk for those that can share it."""
+        covering = [step for step in self.steps if step.stage.covers(block.index)]
+        for step in covering:
+            step.stage.begin(block, step.target(block.index))
+        runs = [list(steps) for _, steps in groupby(covering, lambda step: step.stage.structural)] or [[]]
+        for number, steps in enumerate(runs):
+            last = number == len(runs) - 1
+            bar.set_postfix_str(" ".join(step.stage.name for step in steps))
+            needs = shared_needs(steps, block)
+            advance = walk is not None and last and self._needs_data_after(block.index)
+            visit = self._visitor(block, steps, last)
+            if walk is not None and (needs or advance):
+                self._run(walk, block, needs, visit, advance)
+            else:
+                for site in SITES:
+                    visit(site, None)
+        block.cast(self.dtype)
+
+    def _run(self, walk: Walk, block: Block, needs: dict[str, str], visit: Visit, advance: bool) -> None:
+        """A run of the walk; what is not spent on statistics and in `visit` is the forward's."""
+        seconds, started, gathered = self.clock.seconds, time.monotonic(), walk.statistic_seconds
+        solved = seconds.get("solve", 0.0)
+        walk.run(block, needs, visit, advance)
+        statistics = walk.statistic_seconds - gathered
+        self.clock.add("statistics", statistics)
+        self.clock.add("forward", time.monotonic() - started - statistics - (seconds.get("solve", 0.0) - solved))
+
+    def _visitor(self, block: Block, steps: list[Step], last: bool) -> Visit:
+        """What happens at a site: every stage in turn; then its linears are rounded to what will be stored."""
+
+        def visit(site: str, inputs: InputStatistic | None) -> torch.Tensor | None:
+            kept = None
+            for step in steps:
+                stay = step.stage.apply(block, site, inputs, step.target(block.index))
+                if stay is not None:
+                    kept = stay if kept is None else kept[stay]
+                    inputs = None if inputs is None else inputs.keep(stay)
+            if last:
+                block.cast(self.dtype, SITES[site])
+            return kept
+
+        return lambda site, inputs: self.clock.time("solve", lambda: visit(site, inputs))
+
+    def _needs_data_after(self, index: int) -> bool:
+        later = range(index + 1, self.count)
+        return any(step.stage.needs_data and any(map(step.stage.covers, later)) for step in self.steps)
+
+    # What is on the disk
+
+    def _finished(self) -> int:
+        done = 0
+        while self._file(done, "json").is_file() and done < self.count:
+            done += 1
+        return done
+
+    def _file(self, index: int, ending: str) -> Path:
+        return self.folder / f"layer-{index:05d}.{ending}"
+
+    def _write_block(self, block: Block) -> None:
+        """The weights, then the small file that says that they are whole."""
+        prefix = f"{self.source.prefix}layers.{block.index}."
+        write_tensors(
+            self._file(block.index, "safetensors"), {prefix + name: tensor for name, tensor in block.tensors.items()}
+        )
+        fields = {name: getattr(block.layer, name) for name in LAYER_FIELDS}
+        write_json(self._file(block.index, "json"), {"layer": fields, "notes": block.notes})
+
+    def _write_config(self) -> None:
+        layers = own_layers(self.source.config)
+        for index, layer in enumerate(layers):
+            for name, value in json.loads(self._file(index, "json").read_text())["layer"].items():
+                setattr(layer, name, value)
+        self._config(layers).save_pretrained(self.folder)
+        files = [self.folder / TOP_FILE, *(self._file(index, "safetensors") for index in range(self.count))]
+        weight_map = {key: path.name for path in files for key in read_header(path)}
+        write_json(self.folder / INDEX_FILE, {"weight_map": weight_map})
+
+    def _config(self, layers: list[LLMKernelConfig]) -> LLMKernelConfig:
+        config = copy.deepcopy(self.source.config)
         config.dtype = self.dtype
-        for stage in self.recipe.stages:
-            stage.plan_top(config)
-        return merge_layers(config, layers)
+        for step in self.steps:
+            step.stage.plan_top(config)
+        return merge_layers(config, layers) if layers else config
 
-    def _source_dtype(self) -> torch.dtype:
-        if isinstance(self.config.dtype, torch.dtype):
-            return self.config.dtype
-        dtypes = map(self.reader.dtype, self.reader.keys())
-        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
 
-    def _largest_bytes(self) -> int:
-        """What the weights take at most: as if nothing were removed or packed."""
-        values = sum(map(math.prod, map(self.reader.shape, self.reader.keys())))
-        return values * self.dtype.itemsize
+def shared_needs(steps: list[Step], block: Block) -> dict[str, str]:
+    """What a run of the walk must know at each site for all of its stages."""
+    needs: dict[str, str] = {}
+    for step in steps:
+        for site, need in step.stage.needs(block.layer).items():
+            needs[site] = max(need, needs.get(site, NEEDS[0]), key=NEEDS.index)
+    return needs

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..data import load_documents, split_documents, token_windows
 from .inventory import inspect
+from .layout import FAMILY
 from .machine import describe_machine, describe_versions
-from .quality import Perplexity, perplexity
+from .quality import Perplexity, perplexity, streamed_perplexity
 from .report import Report
 from .source import model_folder, read_config
 from .speed import Speed, SpeedSettings, measure_speed
@@ -96,9 +97,13 @@ def compare(
     trust_remote_code: bool = False,
     settings: SpeedSettings | None = None,
     names: Sequence[str | None] | None = None,
+    no_speed_reason: str | None = None,
     progress: bool = True,
 ) -> list[Report]:
-    """Measures several models alike, see `evaluate`; one report each, in their order, without baselines."""
+    """Measures several models alike, see `evaluate`; one report each, in their order, without baselines.
+
+    `no_speed_reason` says why no model may be loaded whole; speed is not measured then.
+    """
     settings = replace(settings or SpeedSettings(), trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="llmkernel-") as scratch:
         folders = [_folder_of(model, tokenizer, Path(scratch) / str(index)) for index, model in enumerate(models)]
@@ -107,10 +112,11 @@ def compare(
         protocol = Protocol(str(text), context, tokens, evaluation_share, seed, trust_remote_code)
         # What ends early comes first: a text too short, then a model that a plain program cannot load.
         windows = [] if text is None else _all_windows(folders, protocol)
-        if speed:
+        no_speed_reason = no_speed_reason if speed else "speed was not asked for"
+        if no_speed_reason is None:
             reports = _add_speeds(reports, folders, dtype, settings, progress)
         else:
-            reports = [_without(report, SPEED, "speed was not asked for") for report in reports]
+            reports = [_without(report, SPEED, no_speed_reason) for report in reports]
         if text is None:
             return [_without(report, QUALITY, "no evaluation text was given") for report in reports]
         return _add_perplexities(reports, folders, windows, protocol, progress)
@@ -208,8 +214,12 @@ def _add_perplexities(
 ) -> list[Report]:
     measured = []
     for report, folder, ids in zip(reports, folders, windows, strict=True):
-        with _loaded(folder, protocol.trust_remote_code) as model:
-            result = perplexity(model, ids, progress=progress, label=f"perplexity of {report.model}")
+        label = f"perplexity of {report.model}"
+        if read_config(folder).get("model_type") == FAMILY:
+            result = streamed_perplexity(folder, ids, progress=progress, label=label)
+        else:
+            with _loaded(folder, protocol.trust_remote_code) as model:
+                result = perplexity(model, ids, progress=progress, label=label)
         measured.append(_with_perplexity(report, result, ids, protocol))
     return measured
 

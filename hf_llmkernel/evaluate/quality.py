@@ -11,11 +11,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
+
+from ..checkpoint.model_folder import ModelFolder, Positions
 
 LOGIT_ROWS = 256  # rows of logits that exist at once: 256 x 49,152 in fp32 are 48 MiB
 PROBE_TOKENS = 8
@@ -68,6 +71,52 @@ def perplexity(
     return _summarize(nlls, windows)
 
 
+@torch.inference_mode()
+def streamed_perplexity(
+    folder: Path, windows: torch.Tensor, progress: bool = True, label: str = "perplexity"
+) -> Perplexity:
+    """The same of a checkpoint of this family, one block in memory at a time.
+
+    Args:
+        folder: of the checkpoint.
+        windows: int64 `[W, T]`.
+        progress, label: as in `perplexity`.
+
+    Raises:
+        ValueError: a damaged checkpoint, one without a head, or logits that are not finite.
+    """
+    source = ModelFolder(folder)
+    positions = Positions(source.config, windows.shape[1])
+    hidden = source.embedding()(windows)  # [W, T, H]
+    for index in tqdm(range(source.config.num_hidden_layers), label, unit="block", disable=not progress):
+        block, given = source.block(index), positions.arguments(index)
+        for states in hidden.split(1):
+            states.copy_(block(states, **given))
+    norm, head = source.norm(), source.head()
+    nlls = []
+    for number, (states, tokens) in enumerate(zip(hidden, windows, strict=True)):
+        total = summed_nll(norm(states), tokens, head)
+        if not math.isfinite(total):
+            raise ValueError(f"perplexity={total}: the logits of window {number} are not finite; check the weights.")
+        nlls.append(total / (len(tokens) - 1))
+    return _summarize(nlls, windows)
+
+
+def summed_nll(states: torch.Tensor, tokens: torch.Tensor, head: Any) -> float:
+    """Sum of the nlls of a window's tokens `[T]` but the first; `head` makes logits of states, `None` if they are.
+
+    Args:
+        states: `[T, D]`, or logits `[T, V]`.
+    """
+    total = 0.0
+    for begin in range(0, len(tokens) - 1, LOGIT_ROWS):
+        targets = tokens[begin + 1 : begin + 1 + LOGIT_ROWS]  # [r]
+        logits = states[begin : begin + len(targets)]
+        logits = logits if head is None else head(logits)  # [r, V]
+        total += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
+    return total
+
+
 def _check_windows(model: Any, windows: torch.Tensor, batch_size: int) -> None:
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise ValueError(f"windows={list(windows.shape)}: must be [windows, context], context at least 2.")
@@ -114,12 +163,7 @@ def _window_nlls(model: Any, head: Any, ids: torch.Tensor, first: int) -> list[f
         rows = model.base_model(input_ids=ids, use_cache=False)[0]  # [B, T, D]
     nlls = []
     for index, (states, tokens) in enumerate(zip(rows, ids, strict=True)):
-        total = 0.0
-        for begin in range(0, len(tokens) - 1, LOGIT_ROWS):
-            targets = tokens[begin + 1 : begin + 1 + LOGIT_ROWS]  # [r]
-            logits = states[begin : begin + len(targets)]
-            logits = logits if head is None else head(logits)  # [r, V]
-            total += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
+        total = summed_nll(states, tokens, head)
         if not math.isfinite(total):
             window = first + index
             raise ValueError(f"perplexity={total}: the logits of window {window} are not finite; {_blame(model)}")

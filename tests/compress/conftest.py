@@ -44,6 +44,12 @@ def save_tiny(folder, seed: int = 0, **fields) -> LLMKernelForCausalLM:
     return model
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """References hold to fp32 precision, whatever the processor."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a tiny dense checkpoint."""

@@ -1,6 +1,5 @@
 """Whole runs: what `from_pretrained` makes of the result against a reference that is put together by other means."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -16,10 +15,10 @@ from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelCon
 from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForCausalLM
 
 from .conftest import TINY, save_tiny, word_tokenizer
-from .test_quantize import nearest_on_grid
+from .quantize.test_stage import nearest_on_grid
 
 IDS = torch.arange(40).view(2, 20) % 90
-PRUNE = {"prune_ffn": {"ratio": 0.25, "align": 16}}
+PRUNE = {"prune_ffn": {"ratio": 0.25, "align": 16, "method": "wanda"}}
 INT8 = {"quantize": {"bits": 8, "group_size": 16}}
 VARIANTS = {
     "tied": {},
@@ -62,7 +61,7 @@ def reference(model: LLMKernelForCausalLM, ids: torch.Tensor, width: int, update
         keep = sorted(sorted(range(x.shape[1]), key=lambda j: -scores[j])[:width])
         down = weight[:, keep]
         if update:
-            ridge = (0.01 * (x**2).sum(0).mean()).sqrt()
+            ridge = (0.01 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
             rows = torch.cat([x[:, keep], ridge * torch.eye(width, dtype=torch.float64)])
             down = torch.linalg.lstsq(rows, torch.cat([x @ weight.T, ridge * down.T])).solution.T
         mlp.down_proj.weight = torch.nn.Parameter(down.float())
@@ -200,7 +199,7 @@ def test_another_family_is_converted_first(tmp_path, text, in_memory):
     llama.save_pretrained(tmp_path / "llama")
     word_tokenizer().save_pretrained(tmp_path / "llama")
     source, tokenizer = (llama, word_tokenizer()) if in_memory else (tmp_path / "llama", None)
-    recipe = recipe_for(text, {"prune_ffn": {"ratio": 0.25, "align": 16, "update": "none"}})
+    recipe = recipe_for(text, {"prune_ffn": {**PRUNE["prune_ffn"], "update": "none"}})
     compress(source, recipe, tmp_path / "out", tokenizer, progress=False)
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert not list((tmp_path / "out").glob("source-*"))
@@ -251,9 +250,9 @@ def damaged_copy(folder, target, change):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([INT8, PRUNE], "prune_ffn: gate_proj is stored as .*prune before other stages"),
+        ([INT8, PRUNE], "prune_ffn: down_proj is stored as .*prune before sparsify"),
         ([INT8, INT8], "quantize: q_proj is stored as"),
-        ([{"prune_ffn": {"ratio": 0.25}}], "ratio=0.25 of 64 neurons leaves 48"),
+        ([{"prune_ffn": {"ratio": 0.25}}], "ratio=0.25: of 64 leaves 48"),
         ([{"quantize": {"bits": 8, "layers": [0, 4]}}], r"layers=\[0, 4\] is beyond the 3 layers"),
     ],
 )
@@ -265,7 +264,7 @@ def test_recipe_that_does_not_fit_stops_before_any_work(tmp_path, tiny, text, st
 
 def test_compressed_checkpoint_says_why_it_is_not_pruned(tmp_path, tiny, text):
     compress(tiny, {"stages": [INT8]}, tmp_path / "int8", progress=False)
-    with pytest.raises(ValueError, match="gate_proj is stored as .*feed-forward is dense"):
+    with pytest.raises(ValueError, match="down_proj is stored as .*prune before sparsify"):
         compress(tmp_path / "int8", recipe_for(text, PRUNE), tmp_path / "out", progress=False)
 
 
@@ -279,18 +278,22 @@ def test_output_in_the_way_and_missing_tokenizer_are_named(tmp_path, tiny, text)
         compress(bare, recipe_for(text, PRUNE), tmp_path / "other", progress=False)
 
 
-def test_evaluation_text_gives_a_report(tmp_path, tiny, text, monkeypatch):
-    from hf_llmkernel.compress import measure as measuring
-
-    without_speed = functools.partial(measuring.compare, speed=False)
-    monkeypatch.setattr(measuring, "compare", lambda models, settings, **given: without_speed(models, **given))
-    recipe = {"evaluation": {"source": str(text), "context": 40, "tokens": 160}, "stages": [INT8]}
-    result = compress(tiny, recipe, tmp_path / "out", progress=False)
+def test_evaluation_text_gives_a_report(tmp_path, tiny, text):
+    evaluation = {"source": str(text), "context": 40, "tokens": 160, "speed": False}
+    result = compress(tiny, {"evaluation": evaluation, "stages": [INT8]}, tmp_path / "out", progress=False)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report == result.report
     assert (report["model"], report["baseline"]["model"]) == ("out", tiny.name)
     assert report["tokens_evaluated"] == 160 and report["perplexity"] != report["baseline_perplexity"]
     assert report["bytes_on_disk"] == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_a_model_beyond_the_memory_is_not_loaded_whole(tmp_path, tiny, text):
+    evaluation = {"source": str(text), "context": 40, "tokens": 160}
+    recipe = {"evaluation": evaluation, "stages": [INT8]}
+    report = compress(tiny, recipe, tmp_path / "out", progress=False, memory_bytes=1000).report
+    assert report["decode_tokens_per_second"] is None and report["perplexity"] > 1
+    assert "allowed are 0.0 GB" in report["reasons"]["decode_tokens_per_second"]
 
 
 @pytest.mark.parametrize(

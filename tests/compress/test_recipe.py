@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from hf_llmkernel.compress import Calibration, Recipe
-from hf_llmkernel.compress.prune_ffn import PruneFFN
-from hf_llmkernel.compress.quantize import Quantize
+from hf_llmkernel.compress.prune.stage import PruneFFN
+from hf_llmkernel.compress.quantize.stage import Quantize
 
 WRITTEN = {
     "dtype": "bfloat16",
@@ -44,7 +44,7 @@ def test_a_stage_by_its_name_alone_takes_defaults_or_says_what_is_missing():
     [
         ({"stage": []}, r"unknown keys \['stage'\]; the known ones are \['stages', 'dtype'"),
         ({"stages": []}, r"stages=\[\]"),
-        ({"stages": [{"prune": {"ratio": 0.5}}]}, "unknown stage 'prune'; the known ones are .'prune_ffn', 'quantize'"),
+        ({"stages": [{"prune": {"ratio": 0.5}}]}, "unknown stage 'prune'; the known ones are .*'prune_ffn', "),
         ({"stages": [{"quantize": {"bit": 8}}]}, r"quantize: unknown keys \['bit'\]; the known ones are .*'bits'"),
         ({"stages": [{"quantize": {"bits": 8}, "prune_ffn": {}}]}, "must be one name with its settings"),
         ({"stages": [{"prune_ffn": {"ratio": 0}}]}, "prune_ffn: ratio=0"),

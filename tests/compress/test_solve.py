@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_llmkernel.compress.solve import damped_cholesky, damped_inverse_cholesky
+from hf_llmkernel.compress.solve import damped_cholesky, damped_inverse_cholesky, triangular_inverse
 
 IN = 40
 
@@ -30,6 +30,13 @@ def test_factor_multiplies_to_the_damped_gram(gram, dampening):
     assert torch.equal(gram, before)
 
 
+def test_a_double_gram_is_left_as_it_was(gram):
+    gram = gram.double()
+    before = gram.clone()
+    damped_cholesky(gram, 0.5)
+    assert torch.equal(gram, before)
+
+
 def test_inverse_factor_multiplies_to_the_inverse(gram):
     upper, used = damped_inverse_cholesky(gram, 0.01)
     assert used == 0.01
@@ -37,6 +44,15 @@ def test_inverse_factor_multiplies_to_the_inverse(gram):
     assert (upper.diagonal() > 0).all()
     identity = torch.eye(IN, dtype=torch.float64)
     torch.testing.assert_close(upper.T @ upper @ damped(gram, 0.01), identity, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 301])
+def test_triangular_inverse_in_one_piece_and_by_halves(size):
+    lower = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).tril() / size
+    lower.diagonal().copy_(torch.linspace(1, 2, size))
+    inverse = triangular_inverse(lower)
+    assert inverse.triu(1).count_nonzero() == 0
+    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dampening", "expected"), [(0.0, 1e-2), (1e-5, 1e-2), (0.002, 0.02)])

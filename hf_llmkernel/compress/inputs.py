@@ -1,0 +1,116 @@
+"""What calibration tells about the inputs of linears: sums that grow with every batch.
+
+Shapes: T tokens, I in_features, O out_features.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+NEEDS = ("moments", "gram")
+GRAM_STRIP = 512
+
+
+class InputStatistic:
+    """Sums over the tokens of inputs X `[T, I]`.
+
+    Args:
+        needs: `"moments"` for sums, squares and magnitudes of each feature; `"gram"` for `XᵀX` too.
+
+    `count` is T; `gram` is fp32 `[I, I]`; the rest are `[I]`.
+    """
+
+    def __init__(self, needs: str = "moments"):
+        self.needs = needs
+        self.count = 0
+        self.sums = self.magnitudes = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros((), dtype=torch.float64)
+        self._gram = torch.zeros(())
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Adds a batch `[..., I]`."""
+        rows = inputs.flatten(0, -2)  # [T, I]
+        self.count += len(rows)
+        self.sums = self.sums + rows.sum(0).double()
+        self.magnitudes = self.magnitudes + rows.abs().sum(0).double()
+        if self.needs == "gram":
+            self._add_gram(rows)
+        else:
+            self.squares = self.squares + rows.square().sum(0).double()
+
+    def _add_gram(self, rows: torch.Tensor) -> None:
+        """The upper triangle, in strips, which saves up to half of the products."""
+        width = rows.shape[1]
+        if not self._gram.dim():
+            self._gram = rows.new_zeros(width, width)
+        for begin in range(0, width, GRAM_STRIP):
+            end = min(begin + GRAM_STRIP, width)
+            self._gram[begin:end, begin:].addmm_(rows[:, begin:end].T, rows[:, begin:])
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """`XᵀX`, symmetric to the bit."""
+        upper = self._gram.triu()
+        return upper + upper.triu(1).T
+
+    @property
+    def norm(self) -> torch.Tensor:
+        """Euclidean norm of each feature over all tokens, fp32."""
+        squares = self._gram.diagonal() if self.needs == "gram" else self.squares
+        return squares.clamp(min=0).sqrt().float()
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of each feature, fp32."""
+        return (self.sums / max(self.count, 1)).float()
+
+    @property
+    def mean_magnitude(self) -> torch.Tensor:
+        """Mean of each feature's absolute value, fp32."""
+        return (self.magnitudes / max(self.count, 1)).float()
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Variance of each feature over tokens (the unbiased estimate), fp32."""
+        squares = self.norm.double().square() - self.sums.square() / max(self.count, 1)
+        return (squares / max(self.count - 1, 1)).clamp(min=0).float()
+
+    def is_finite(self) -> bool:
+        """Whether all inputs were finite, and their squares too."""
+        return bool(self.norm.isfinite().all()) and bool(self.sums.isfinite().all())
+
+    def all_reduce(self) -> None:
+        """Adds up what the processes of a group have seen; each then has the sums over all."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        for tensor in (count, self.sums, self.magnitudes, self.squares, self._gram):
+            if tensor.dim() or tensor is count:
+                dist.all_reduce(tensor)
+        self.count = math.floor(count.item() + 0.5)
+
+    def through(self, weight: torch.Tensor) -> "InputStatistic":
+        """The statistic of `X Wᵀ` for a weight `[O, I]`: what the second factor of a low rank takes in.
+
+        Exact where there is a Gram matrix, but for the magnitudes, which are those of Gaussian outputs.
+        """
+        outputs = InputStatistic(self.needs)
+        outputs.count, outputs.sums = self.count, weight.double() @ self.sums
+        if self.needs == "gram":
+            outputs._gram = weight @ self.gram @ weight.T
+            squares = outputs._gram.diagonal().double()
+        else:  # features taken as uncorrelated but for their means
+            spread = self.variance.double() * max(self.count - 1, 0)
+            squares = weight.double().square() @ spread + outputs.sums.square() / max(self.count, 1)
+        outputs.squares = squares
+        outputs.magnitudes = (squares * self.count * 2 / math.pi).sqrt()
+        return outputs
+
+    def keep(self, indices: torch.Tensor) -> "InputStatistic":
+        """The statistic of some of the features, after the others were removed."""
+        kept = InputStatistic(self.needs)
+        kept.count, kept.sums, kept.magnitudes = self.count, self.sums[indices], self.magnitudes[indices]
+        if self.needs == "gram":
+            kept._gram = self.gram[indices][:, indices]
+        else:
+            kept.squares = self.squares[indices]
+        return kept

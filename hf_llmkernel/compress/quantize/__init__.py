@@ -1,0 +1,1 @@
+"""Integers in groups that share a scale."""

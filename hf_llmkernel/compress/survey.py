@@ -1,0 +1,121 @@
+"""The survey: what a stage looks at over all layers before it decides anything.
+
+It runs calibration through the unchanged blocks and notes per layer what the stage asks for; interrupted, it goes on
+where it was.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..checkpoint.model_folder import ModelFolder
+from ..model.configuration_llm_kernel import LLMKernelConfig
+from .block import Block
+from .disk import write_json
+from .inputs import InputStatistic
+from .plan import own_layers
+from .walk import Walk, fast_products
+
+Observe = Callable[[Block, str, InputStatistic], dict[str, Any]]
+
+
+class Survey:
+    """All layers of a checkpoint, to be looked at.
+
+    Args:
+        source: the checkpoint as the stages before have left it.
+        ids: calibration tokens `[S, T]`; `None` where the recipe has none.
+        folder: for what an interrupted survey needs to go on.
+        progress: whether to draw a bar.
+    """
+
+    def __init__(self, source: ModelFolder, ids: torch.Tensor | None, folder: Path, progress: bool):
+        self.source = source
+        self.config = source.config
+        self.ids = ids
+        self.folder = folder
+        self.progress = progress
+
+    @property
+    def layers(self) -> list[LLMKernelConfig]:
+        """Each layer's own configuration."""
+        return own_layers(self.config)
+
+    def block(self, index: int) -> Block:
+        """One layer with its weights."""
+        return Block(index, self.source.layer_config(index), self.source.block_tensors(index))
+
+    def weigh(self, look: Callable[[Block], dict[str, Any]]) -> list[dict[str, Any]]:
+        """What `look` says of each layer from its weights alone."""
+        indices = tqdm(range(len(self.layers)), "surveying", disable=not self.progress)
+        return [look(self.block(index)) for index in indices]
+
+    def observe(self, needs: Callable[[LLMKernelConfig], dict[str, str]], look: Observe) -> list[dict[str, Any]]:
+        """What `look` says of each layer at each site whose inputs `needs` names; entries of types of JSON, merged."""
+        walk = self.walk()
+        for index in tqdm(range(len(self.layers)), "surveying", unit="block", disable=not self.progress):
+            if index < walk.index:
+                continue
+            block, found = self.block(index), {}
+
+            def visit(site: str, inputs: InputStatistic | None, block=block, found=found) -> None:
+                found.update({} if inputs is None else look(block, site, inputs))
+
+            walk.run(block, needs(block.layer), visit, advance=index + 1 < len(self.layers))
+            self._write(index, found)
+            walk.settle()
+        walk.close()
+        return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
+
+    def influences(self, unit: str) -> list[dict[str, float]]:
+        """Block influence of every part of each layer: of `"layer"`, or of `"attention"` and `"mlp"`."""
+        walk = self.walk()
+        for index in tqdm(range(walk.index, len(self.layers)), "surveying", unit="block", disable=not self.progress):
+            block = self.block(index)
+            parts: dict[str, float] = {}
+
+            def arrive(part: str, before: torch.Tensor, after: torch.Tensor, parts=parts) -> None:
+                shares = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+                parts[part] = parts.get(part, 0.0) + float((1 - shares).double().sum())
+
+            walk.watch = arrive
+            walk.run(block, {}, lambda site, inputs: None, advance=True)
+            tokens = self.ids.numel() if self.ids is not None else 1
+            self._write(index, {part: total / tokens for part, total in parts.items()})
+            walk.settle()
+        walk.close()
+        return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
+
+    def walk(self) -> Walk:
+        """The calibration sequences before the first layer that was not looked at yet."""
+        assert self.ids is not None, "a stage that surveys activations says needs_data"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        walk = Walk(self.config, self.folder, *self.ids.shape)
+        done = 0
+        while self._file(done).is_file():
+            done += 1
+        walk.take_up(done, embedder(self.source.embedding, self.ids))
+        return walk
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.json"
+
+    def _write(self, index: int, found: dict[str, Any]) -> None:
+        write_json(self._file(index), found)
+
+
+def embedder(load_embedding: Callable[[], nn.Module], ids: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """What starts a walk: the embedded tokens of some samples, fp32 `[n, T, H]`."""
+    load = functools.cache(load_embedding)  # on first use: a walk that is taken up needs none
+
+    def embed(begin: int, end: int) -> torch.Tensor:
+        with fast_products():
+            return load()(ids[begin:end]).float()
+
+    return embed
