@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .conversations import Conversation
     from .documents import load_documents, split_documents
     from .fetch import BUILT_IN_MODELS, BUILT_IN_TEXTS, fetch_model, fetch_package_files
     from .windows import calibration_batches, token_windows
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BUILT_IN_MODELS",
     "BUILT_IN_TEXTS",
+    "Conversation",
     "calibration_batches",
     "fetch_model",
     "fetch_package_files",
@@ -23,6 +25,7 @@ __all__ = [
 # Imported on first use: the command line looks at this folder without waiting for torch.
 _MODULE_OF = {
     **dict.fromkeys(("BUILT_IN_MODELS", "BUILT_IN_TEXTS", "fetch_model", "fetch_package_files"), "fetch"),
+    "Conversation": "conversations",
     **dict.fromkeys(("load_documents", "split_documents"), "documents"),
     **dict.fromkeys(("calibration_batches", "token_windows"), "windows"),
 }

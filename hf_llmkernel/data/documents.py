@@ -9,18 +9,22 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .conversations import CHAT_COLUMNS, Conversation, is_conversation, read_conversation
 from .fetch import BUILT_IN_TEXTS, fetch_package_files
 
 logger = logging.getLogger(__name__)
 
+Document = str | Conversation
 DOCUMENT_BREAK = re.compile(r"\f|\n[ \t]*\n[ \t]*\n\s*")  # form feed, or two blank lines and more
+SOURCE_COLON = re.compile(r":(?![^\[]*\])")  # not that of a slice, as in NAME::train[:1000]
 APPARATUS = re.compile(r"\{[^{}]*\}|&gt;")
 
 
-def load_documents(source: str | Path) -> list[str]:
+def load_documents(source: str | Path) -> list[Document]:
     """The documents of a text source, without empty ones, in the source's order.
 
     Args:
@@ -28,22 +32,26 @@ def load_documents(source: str | Path) -> list[str]:
             - a built-in name: `bbc` (2,127 news articles, the publisher's text, fetched and not redistributed) or
               `bible` (World English Bible, public domain, one document a chapter);
             - a `.txt` file, its documents separated by a form feed or by two blank lines and more, else one document;
-            - a `.jsonl` file, one object with a string `text` a line;
+            - a `.jsonl` file, one object a line, with a string `text` or a conversation as `messages` or
+              `conversations`: a list of `{role, content}`, or of ShareGPT's `{from, value}`;
             - a folder of `.txt` files, one document each;
-            - a folder or Hub name of `datasets`, as `NAME[:CONFIG[:SPLIT[:COLUMN]]]`; by default the split `train`
-              (else the first) and the column `text` (else the only one of strings).
+            - a folder or Hub name of `datasets`, as `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, the split as `datasets` knows
+              it (`train[:1000]`); by default the split `train` (else the first) and the column `text`, else `messages`
+              or `conversations`, else the only one of strings. A column that is named may be of conversations too.
+
+    Conversations stay what they are until a tokenizer reads them: the template is the model's.
 
     Raises:
         ValueError: an unknown source, one that cannot be read as text, or one without any text.
     """
-    documents = [document.strip() for document in _read(str(source))]
-    documents = [document for document in documents if document]
+    documents = [document.strip() if isinstance(document, str) else document for document in _read(str(source))]
+    documents = [document for document in documents if _words(document)]
     if not documents:
         raise ValueError(f"text={str(source)!r}: has no text; name a source that has some.")
     return documents
 
 
-def _read(source: str) -> list[str]:
+def _read(source: str) -> Sequence[Document]:
     path = Path(source).expanduser()
     if source in BUILT_IN_TEXTS:
         return BUILT_IN_READERS[source]()
@@ -91,9 +99,10 @@ def _read_bible() -> list[str]:
 BUILT_IN_READERS = {"bbc": _read_bbc, "bible": _read_bible}
 
 
-def _read_file(path: Path) -> list[str]:
+def _read_file(path: Path) -> Sequence[Document]:
     if path.suffix == ".jsonl":
-        return [_text_of(line, path, number) for number, line in enumerate(_read_text(path).splitlines(), 1) if line]
+        lines = enumerate(_read_text(path).split("\n"), 1)  # not splitlines: strings of JSON may hold U+2028
+        return [_document_of(line, f"text={str(path)!r}: line {number}") for number, line in lines if line.strip()]
     if path.suffix == ".txt":
         return DOCUMENT_BREAK.split(_read_text(path))
     raise ValueError(f"text={str(path)!r}: a text file ends in .txt or .jsonl; rename or convert it.")
@@ -106,20 +115,24 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"text={str(path)!r}: byte {error.start} is not UTF-8; convert the file to UTF-8.") from None
 
 
-def _text_of(line: str, path: Path, number: int) -> str:
+def _document_of(line: str, where: str) -> Document:
     try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f"text={str(path)!r}: line {number} is no JSON object with a string 'text'; correct it.")
-    return text
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if isinstance(row, dict):
+        if isinstance(row.get("text"), str):
+            return row["text"]
+        for name in CHAT_COLUMNS:
+            if name in row:
+                return read_conversation(row[name], where)
+    raise ValueError(f"{where} is no JSON object with a string 'text' or a list 'messages'; correct it.")
 
 
-def _read_dataset(source: str) -> list[str]:
+def _read_dataset(source: str) -> Sequence[Document]:
     from datasets import DatasetDict
 
-    name, config, split, column = ([part or None for part in source.split(":")] + [None] * 4)[:4]
+    name, config, split, column = ([part or None for part in SOURCE_COLON.split(source)] + [None] * 4)[:4]
     try:
         dataset = _load_dataset(str(name), config, split)
     except Exception as error:  # of a library that raises of every kind: what matters is that it did not load
@@ -130,7 +143,11 @@ def _read_dataset(source: str) -> list[str]:
         ) from error
     if isinstance(dataset, DatasetDict):
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
-    return [text or "" for text in dataset[_text_column(source, dataset, column)]]
+    column = _column(source, dataset, column)
+    if is_conversation(dataset.features[column]):
+        rows = enumerate(dataset[column])
+        return [read_conversation(messages, f"text={source!r}: row {number}") for number, messages in rows]
+    return [text or "" for text in dataset[column]]
 
 
 def _load_dataset(name: str, config: str | None, split: str | None) -> Any:
@@ -143,15 +160,16 @@ def _load_dataset(name: str, config: str | None, split: str | None) -> Any:
     return load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
 
 
-def _text_column(source: str, dataset: Any, column: str | None) -> str:
-    strings = [name for name, kind in dataset.features.items() if getattr(kind, "dtype", None) in STRING_DTYPES]
-    if column is None and "text" in strings:
-        return "text"
-    if column is None and len(strings) == 1:
-        return strings[0]
-    if column is None or column not in strings:
+def _column(source: str, dataset: Any, column: str | None) -> str:
+    features = dataset.features
+    strings = [name for name, kind in features.items() if getattr(kind, "dtype", None) in STRING_DTYPES]
+    known = strings + [name for name, kind in features.items() if is_conversation(kind)]
+    usual = [name for name in ("text", *CHAT_COLUMNS) if name in known]
+    if column is None and (usual or len(strings) == 1):
+        return (usual or strings)[0]
+    if column is None or column not in known:
         raise ValueError(
-            f"text={source!r}: column {column!r} is not one of its columns of text {strings}; name one as "
+            f"text={source!r}: column {column!r} is not one of its columns of text {known}; name one as "
             "NAME:CONFIG:SPLIT:COLUMN."
         )
     return column
@@ -161,15 +179,16 @@ STRING_DTYPES = ("string", "large_string")
 
 
 def split_documents(
-    documents: list[str], evaluation_share: float = 0.1, seed: int = 0
-) -> tuple[list[str], list[str]]:
+    documents: Sequence[Document], evaluation_share: float = 0.1, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
     """Calibration and evaluation documents: whole ones, each on a side that its own content decides.
 
     A document's side and place depend on the hash of its words and the seed alone: it stays where it is when others
-    join or leave the source, and copies that differ in white space stay together. Both sides are in the order of these
+    join or leave the source, and copies that differ in white space stay together. Of a conversation that is what was
+    said, whatever template will be applied. Both sides are in the order of these
     hashes, so the first tokens of a side are a fair sample of it.
 
-    A source of one document is cut in two halves at a white space, the second one for evaluation.
+    A source of one text is cut in two halves at a white space, the second one for evaluation.
 
     Args:
         documents: of `load_documents`.
@@ -177,7 +196,7 @@ def split_documents(
         seed: of another split.
 
     Raises:
-        ValueError: a share outside (0, 1], or no document.
+        ValueError: a share outside (0, 1], no document, or a conversation alone, which is not cut.
     """
     if not 0 < evaluation_share <= 1:
         raise ValueError(f"evaluation_share={evaluation_share}: must be above 0 and at most 1; 0.1 is the default.")
@@ -185,22 +204,27 @@ def split_documents(
         raise ValueError("documents=[]: there is nothing to split; load a source that has text.")
     if len(documents) == 1 and evaluation_share < 1:
         return _halves(documents[0])
-    places = {document: _place(document, seed) for document in documents}
-    ordered = sorted(documents, key=lambda document: places[document])
+    placed = sorted(((_place(document, seed), document) for document in documents), key=lambda pair: pair[0])
     # With few documents the hash may leave a side empty: each gets at least one.
-    count = sum(places[document] < evaluation_share for document in ordered)
-    count = len(ordered) if evaluation_share == 1 else min(max(count, 1), len(ordered) - 1)
+    count = sum(place < evaluation_share for place, _ in placed)
+    count = len(placed) if evaluation_share == 1 else min(max(count, 1), len(placed) - 1)
+    ordered = [document for _, document in placed]
     return ordered[count:], ordered[:count]
 
 
-def _place(document: str, seed: int) -> float:
+def _place(document: Document, seed: int) -> float:
     """A number in [0, 1) that follows from the document's words and the seed."""
-    words = " ".join(document.split())
-    digest = hashlib.sha256(f"{seed}\n{words}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\n{_words(document)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _halves(document: str) -> tuple[list[str], list[str]]:
+def _words(document: Document) -> str:
+    return " ".join((document if isinstance(document, str) else document.text).split())
+
+
+def _halves(document: Document) -> tuple[list[Document], list[Document]]:
+    if not isinstance(document, str):
+        raise ValueError("documents: the only one is a conversation, which is not cut in two; give at least two.")
     space = re.compile(r"\s").search(document, len(document) // 2)
     if space is None:
         raise ValueError("documents: the only document has no white space to cut it at; give a longer text.")

@@ -2,13 +2,17 @@
 
 The protocol: each document is tokenized with a blank line (two newlines) after it and without special tokens; the
 tokens of all documents follow each other in order and are cut into windows that do not overlap; the rest is dropped.
+A conversation is tokenized as the tokenizer's chat template writes it, with the special tokens of the template and
+nothing after it.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from .documents import Document
 
 SEPARATOR = "\n\n"
 # No tokenizer averages more characters a token than this; of a longer document only the beginning is tokenized.
@@ -16,7 +20,11 @@ CHARACTERS_PER_TOKEN = 64
 
 
 def token_windows(
-    tokenizer: Any, documents: list[str], context: int = 1024, tokens: int = 8192, vocab_size: int | None = None
+    tokenizer: Any,
+    documents: Sequence[Document],
+    context: int = 1024,
+    tokens: int = 8192,
+    vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Windows of the first tokens of the documents.
 
@@ -31,7 +39,8 @@ def token_windows(
         int64 `[windows, context]`.
 
     Raises:
-        ValueError: a context below 2 or above `tokens`, a text shorter than one window, or a token the model lacks.
+        ValueError: a context below 2 or above `tokens`, a text shorter than one window, a token the model lacks, or a
+            conversation that the tokenizer has no template for.
     """
     if context < 2:
         raise ValueError(f"context={context}: a window needs at least 2 tokens; 1024 is the default.")
@@ -47,7 +56,11 @@ def token_windows(
 
 
 def calibration_batches(
-    tokenizer: Any, documents: list[str], samples: int = 64, length: int = 512, seed: int = 0,
+    tokenizer: Any,
+    documents: Sequence[Document],
+    samples: int = 64,
+    length: int = 512,
+    seed: int = 0,
     vocab_size: int | None = None,
 ) -> torch.Tensor:
     """Sequences of shuffled documents, packed one after the other: no token is used twice, none is padding.
@@ -63,7 +76,8 @@ def calibration_batches(
         int64 `[samples, length]`.
 
     Raises:
-        ValueError: fewer tokens than `samples * length`, or a token the model lacks.
+        ValueError: fewer tokens than `samples * length`, a token the model lacks, or a conversation that the tokenizer
+            has no template for.
     """
     if samples < 1 or length < 1:
         raise ValueError(f"samples={samples}, length={length}: both must be at least 1.")
@@ -77,7 +91,7 @@ def calibration_batches(
     return _cut(ids, length, samples, vocab_size)
 
 
-def _first_tokens(tokenizer: Any, documents: Iterable[str], count: int) -> list[int]:
+def _first_tokens(tokenizer: Any, documents: Iterable[Document], count: int) -> list[int]:
     """The first `count` tokens, or all where there are fewer; stops reading when it has them."""
     ids: list[int] = []
     for piece in _token_stream(tokenizer, documents, count):
@@ -87,9 +101,11 @@ def _first_tokens(tokenizer: Any, documents: Iterable[str], count: int) -> list[
     return ids[:count]
 
 
-def _token_stream(tokenizer: Any, documents: Iterable[str], count: int) -> Iterator[list[int]]:
+def _token_stream(tokenizer: Any, documents: Iterable[Document], count: int) -> Iterator[list[int]]:
+    longest = CHARACTERS_PER_TOKEN * count
     for document in documents:
-        text = document[: CHARACTERS_PER_TOKEN * count] + SEPARATOR
+        is_text = isinstance(document, str)
+        text = document[:longest] + SEPARATOR if is_text else document.render(tokenizer)[:longest]
         # verbose=False: a document longer than the model's context is cut into windows, no cause for a warning.
         yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 

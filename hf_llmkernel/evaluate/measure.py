@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data import load_documents, split_documents, token_windows
+from ..data.documents import Document
 from .inventory import inspect
 from .layout import FAMILY
 from .machine import describe_machine, describe_versions
@@ -224,7 +225,7 @@ def _add_perplexities(
     return measured
 
 
-def _windows(folder: Path, documents: list[str], protocol: Protocol) -> torch.Tensor:
+def _windows(folder: Path, documents: list[Document], protocol: Protocol) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     try:

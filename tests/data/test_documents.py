@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 
+import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
@@ -24,6 +25,8 @@ def test_json_lines(tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "one\ntwo", "id": 1}) + "\n\n" + json.dumps({"text": "three"}) + "\n")
     assert load_documents(path) == ["one\ntwo", "three"]
+    path.write_text('{"text": "one\u2028still one"}\r\n \n{"text": "two"}', encoding="utf-8")
+    assert load_documents(path) == ["one\u2028still one", "two"]
     path.write_text('{"text": "one"}\n{"txt": "two"}\n')
     with pytest.raises(ValueError, match="line 2 is no JSON object with a string 'text'"):
         load_documents(path)
@@ -59,6 +62,27 @@ def test_a_folder_that_datasets_itself_reads(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert load_documents(tmp_path / "data") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "config", "split"),
+    [
+        ("org/set", "org/set", None, None),
+        ("set:small", "set", "small", None),
+        ("org/set::validation", "org/set", None, "validation"),
+        ("org/set:small:train[:10%]:title", "org/set", "small", "train[:10%]"),
+    ],
+)
+def test_names_of_the_hub(monkeypatch, source, name, config, split):
+    asked = []
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        return Dataset.from_dict({"text": ["one"], "title": ["one"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_documents(source) == ["one"]
+    assert asked == [(name, config, split)]
 
 
 def test_unknown_sources_name_the_known_ones(tmp_path):
