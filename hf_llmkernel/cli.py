@@ -63,6 +63,10 @@ COMMANDS = {
         "hf_llmkernel.evaluate.command:inspect",
         "Show what a checkpoint holds: shape, form, parameters and bytes of every module.",
     ),
+    "compress": Command(
+        "hf_llmkernel.compress.command:compress",
+        "Run a recipe over a checkpoint: prune, factorize, sparsify, quantize, block by block.",
+    ),
     "evaluate": Command(
         "hf_llmkernel.evaluate.command:evaluate",
         "Measure perplexity, speed and memory of a checkpoint.",

@@ -5,7 +5,6 @@ Reading order: compress -> the checkpoint as a folder of this family -> phases (
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from ..model.configuration_llm_kernel import LLMKernelConfig
 from .calibration import calibration_ids
 from .disk import write_json
 from .measure import check_evaluation, measure
-from .plan import plan_stages
+from .plan import plan_stages, stored_sizes
 from .recipe import Recipe
 from .run import Run
 
@@ -198,18 +197,16 @@ def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress:
     ids = calibration_ids(recipe.calibration, reads, folder.config) if recipe.needs_data else None
     if recipe.evaluation.source:
         check_evaluation(recipe.evaluation, reads, folder.config)
-    check_disk_space(work, needed_disk_bytes(folder, recipe, dtype, ids))
+    check_disk_space(work, needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe))
     return Run(folder, recipe, dtype, ids, work, progress)
 
 
-def needed_disk_bytes(
-    folder: ModelFolder, recipe: Recipe, dtype: torch.dtype, ids: torch.Tensor | None
-) -> int:
+def needed_disk_bytes(config: LLMKernelConfig, weight_bytes: int, recipe: Recipe) -> int:
     """Most bytes on disk at once: two sweeps, as if nothing were removed or packed, and activations."""
-    values = sum(math.prod(folder.reader.shape(key)) for key in folder.reader.keys())
-    widest = max(max(layer.linear_shapes()["down_proj"]) for layer in folder.config.per_layer_config)
-    activations = 0 if ids is None else ids.numel() * 4 * (3 * folder.config.hidden_size + widest)
-    return 2 * values * dtype.itemsize + activations + SMALL_FILES_BYTES
+    widest = max(max(layer.linear_shapes()["down_proj"]) for layer in config.per_layer_config)
+    tokens = recipe.calibration.samples * recipe.calibration.length if recipe.needs_data else 0
+    activations = tokens * 4 * (3 * config.hidden_size + widest)
+    return 2 * weight_bytes + activations + SMALL_FILES_BYTES
 
 
 def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recipe, tokenizer: Any) -> int:
@@ -219,7 +216,7 @@ def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recip
             entry.unlink()
     reader = result.reader
     with CheckpointWriter(folder) as writer:
-        for name in reader.keys():
+        for name in reader:
             writer.add_blocks(name, reader.dtype(name), reader.shape(name), reader.blocks(name))
     copy_companions(source, folder)
     if tokenizer is not None:

@@ -74,6 +74,11 @@ class Stage:
         return False
 
     @property
+    def solve_products(self) -> float:
+        """What a matrix `[O, I]` costs to solve for, in products of O x I x I; for estimates of time."""
+        return 0.5
+
+    @property
     def is_global(self) -> bool:
         """Whether `decide` must look at all layers before one is changed."""
         return False

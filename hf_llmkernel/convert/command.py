@@ -62,12 +62,12 @@ def render_convert(result: dict[str, Any]) -> str:
 render_export = render_convert
 
 
-def parse_size(size: str) -> int:
-    """Bytes of a size such as `5GB`, `500MB` or `123`. Raises `ValueError` for anything else."""
+def parse_size(size: str, name: str = "max_shard_size") -> int:
+    """Bytes of a size such as `5GB`, `500MB` or `123`. Raises `ValueError`, with the option's name, for other text."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
     text = size.strip().upper()
     digits = text.rstrip("GMKB")
     unit = text[len(digits) :]
     if not digits.isdigit() or int(digits) < 1 or unit not in units:
-        raise ValueError(f"max_shard_size={size}: is not a size; give one such as 5GB or 500MB.")
+        raise ValueError(f"{name}={size}: is not a size; give one such as 5GB or 500MB.")
     return int(digits) * units[unit]

@@ -61,7 +61,7 @@ def reference(model: LLMKernelForCausalLM, ids: torch.Tensor, width: int, update
         keep = sorted(sorted(range(x.shape[1]), key=lambda j: -scores[j])[:width])
         down = weight[:, keep]
         if update:
-            ridge = (0.01 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
+            ridge = (0.1 * (x[:, keep] ** 2).sum(0).mean()).sqrt()
             rows = torch.cat([x[:, keep], ridge * torch.eye(width, dtype=torch.float64)])
             down = torch.linalg.lstsq(rows, torch.cat([x @ weight.T, ridge * down.T])).solution.T
         mlp.down_proj.weight = torch.nn.Parameter(down.float())

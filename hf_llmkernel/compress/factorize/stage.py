@@ -70,6 +70,10 @@ class Factorize(MatrixStage):
     def statistic(self) -> str:
         return "gram"
 
+    @property
+    def solve_products(self) -> float:
+        return 20.0
+
     def decide(self, survey: "Survey") -> dict[str, Any]:
         """Ranks of every linear, `{"targets": [{leaf: rank or null}, …]}`, from their spectra."""
 

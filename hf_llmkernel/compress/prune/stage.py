@@ -91,7 +91,7 @@ class PruneGroups(Stage):
     method: str = "wanda"
     allocation: str = "uniform"
     update: str = "least_squares"
-    dampening: float = 0.01
+    dampening: float = 0.1
 
     structural = True
     site: ClassVar[str] = ""
@@ -103,7 +103,7 @@ class PruneGroups(Stage):
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float) or not 0 < self.ratio < 1:
             raise ValueError(f"ratio={self.ratio!r}: must be above 0 and below 1; or leave the stage out.")
         if not isinstance(self.dampening, int | float) or not 0 <= self.dampening < math.inf:
-            raise ValueError(f"dampening={self.dampening!r}: must be a number of at least 0; 0.01 is the default.")
+            raise ValueError(f"dampening={self.dampening!r}: must be a number of at least 0; 0.1 is the default.")
         for name, legal in (("method", [*METHODS]), ("update", UPDATES), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {list(legal)}.")

@@ -1,0 +1,95 @@
+"""The command `compress`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Folder, .gguf file or Hub id of a checkpoint that `convert` knows.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe, a .yaml or .json file.")],
+    output: Annotated[Path | None, typer.Option(help="New folder to write.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print its plan.")] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="A model larger than this is not loaded whole to time it, as in 8GB.")
+    ] = None,
+) -> dict[str, Any]:
+    """Run a recipe over a checkpoint, block by block; the same command goes on where it was interrupted."""
+    if dry_run:
+        from .preview import preview
+
+        return preview(model, recipe).to_dict()
+    if output is None:
+        raise ValueError("output: is missing; name the folder to write with --output, or use --dry-run.")
+    from ..convert.command import parse_size
+    from .pipeline import compress as run
+
+    return run(model, recipe, output, memory_bytes=None if memory is None else parse_size(memory, "memory")).to_dict()
+
+
+def render_compress(result: dict[str, Any]) -> str:
+    """What a run did, or would do, for people."""
+    return _render_plan(result) if "sweeps" in result else _render_run(result)
+
+
+def _render_plan(plan: dict[str, Any]) -> str:
+    from ..evaluate.table import count, size, text_table
+
+    rows = [["(source)", count(plan["parameters"]), size(plan["weight_bytes"]), ""]]
+    for stage in plan["stages"]:
+        about = "about " if stage["estimated"] else ""
+        sizes = [f"{about}{count(stage['parameters'])}", f"{about}{size(stage['weight_bytes'])}"]
+        rows.append([stage_name(stage), *sizes, "; ".join(map(result_text, stage["result"]))])
+    table = text_table(["stage", "parameters", "weights", "layers"], rows, "lrrl")
+    end = (
+        f"{plan['sweeps']} walks over the blocks, about {plan['seconds']:.0f} s; memory about "
+        f"{size(plan['peak_memory_bytes'])}, disk {size(plan['disk_bytes'])}. Nothing was written."
+    )
+    return f"{table}\n\n{end}"
+
+
+def _render_run(result: dict[str, Any]) -> str:
+    from ..evaluate import Report
+    from ..evaluate.report import columns, render_reports
+    from ..evaluate.table import size
+
+    lines = [f"{stage_name(stage)}: {'; '.join(map(result_text, stage['result']))}" for stage in result["stages"]]
+    spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds_by"].items())
+    written = size(result["weight_bytes"])
+    lines.append(f"{result['output']}: {written} of weights in {result['seconds']:.0f} s ({spent})")
+    if fallbacks := [note for note in result["notes"] if "dampening" in note]:
+        lines.append(f"dampening was raised in {len(fallbacks)} solves, the first in layer {fallbacks[0]['layer']}")
+    report = [render_reports(columns(Report.from_dict(result["report"])))] if result["report"] else []
+    return "\n\n".join(["\n".join(lines), *report])
+
+
+def stage_name(stage: dict[str, Any]) -> str:
+    """The recipe name of a stage's entry."""
+    return next(key for key, value in stage.items() if isinstance(value, dict) and key != "decision")
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """One variant of what a stage reached: `layers 0-29: neurons 1344, …`."""
+    facts = [f"{key} {_value(value)}" for key, value in result.items() if key not in ("layers", "matrices", "each")]
+    names = result.get("matrices", [])
+    return f"layers {ranges(result['layers'])}: {', '.join([*facts, ' '.join(names)] if names else facts)}"
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers with runs as `0-4`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return " ".join(f"{key}:{_value(entry)}" for key, entry in value.items())
+    return str(value)
