@@ -6,7 +6,8 @@ Shapes: T tokens, I in_features, O out_features.
 import math
 
 import torch
-import torch.distributed as dist
+
+from . import processes
 
 NEEDS = ("moments", "gram")
 GRAM_STRIP = 512
@@ -81,12 +82,14 @@ class InputStatistic:
         return bool(self.norm.isfinite().all()) and bool(self.sums.isfinite().all())
 
     def all_reduce(self) -> None:
-        """Adds up what the processes of a group have seen; each then has the sums over all."""
-        count = torch.tensor(float(self.count), dtype=torch.float64)
-        for tensor in (count, self.sums, self.magnitudes, self.squares, self._gram):
-            if tensor.dim() or tensor is count:
-                dist.all_reduce(tensor)
-        self.count = math.floor(count.item() + 0.5)
+        """Adds up what all processes have seen; each then has the sums over all.
+
+        One that has seen nothing adds an empty batch `[0, I]` before, so that its sums have their shape.
+        """
+        self.count = sum(processes.gather(self.count))
+        for tensor in (self.sums, self.magnitudes, self.squares, self._gram):
+            if tensor.dim():
+                processes.add_up(tensor)
 
     def through(self, weight: torch.Tensor) -> "InputStatistic":
         """The statistic of `X Wᵀ` for a weight `[O, I]`: what the second factor of a low rank takes in.

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
 from ..convert.incoming import read_config_fields
 from ..convert.source import copy_companions, locate_source
+from ..evaluate.clean_process import peak_bytes
 from ..model.configuration_llm_kernel import LLMKernelConfig
+from . import processes
 from .calibration import calibration_ids
 from .disk import write_json
 from .measure import check_evaluation, measure
@@ -45,6 +47,7 @@ class Compression:
         weight_bytes: of all tensors written.
         calibration_tokens: that ran through the model.
         seconds: of the compression, and `seconds_by` what they were spent on; `measure_seconds` come on top.
+        peak_memory_bytes: most that this process has had in memory when the compression ended.
         report: the measured report as a dictionary; `None` without an evaluation text.
     """
 
@@ -57,6 +60,7 @@ class Compression:
     seconds: float
     seconds_by: dict[str, float] = field(default_factory=dict)
     measure_seconds: float = 0.0
+    peak_memory_bytes: int | None = None
     report: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +80,9 @@ def compress(
 
     Interrupted (killed, out of disk), the same call goes on where it was and ends with the same bytes.
 
+    Under `torchrun`, on one file system, all processes make the same call; each runs its share of the calibration
+    samples, and the first writes and measures.
+
     Args:
         model_or_path: a folder, Hub id or `.gguf` file of this family or of one that `convert_checkpoint` knows, or a
             model in memory.
@@ -91,18 +98,24 @@ def compress(
         OSError: no space.
     """
     recipe = Recipe.load(recipe)
+    processes.join()
+    progress = progress and processes.is_first()
     check_output(output_dir)
     with _part(output_dir, model_or_path, recipe) as folder:
         work = folder / WORK
-        source = _family_checkpoint(model_or_path, tokenizer, work, progress)
+        source = processes.on_first(lambda: _family_checkpoint(model_or_path, tokenizer, work, progress))
         run = _prepare(source, recipe, tokenizer, work, progress)
-        weight_bytes = _write_result(run.run(), source, folder, recipe, tokenizer)
+        result = run.run()
+        weight_bytes = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
         (work / COMPLETE).touch()
+        peak = peak_bytes()
         names = [_name(model_or_path), Path(output_dir).name]
         started = time.monotonic()
-        report = measure(source, folder, recipe.evaluation, names, progress, memory_bytes)
+        report = processes.on_first(
+            lambda: measure(source, folder, recipe.evaluation, names, progress, memory_bytes)
+        )
         measure_seconds = time.monotonic() - started
-        shutil.rmtree(work)
+        processes.on_first(lambda: shutil.rmtree(work))
     return Compression(
         source=_name(model_or_path),
         output=str(output_dir),
@@ -113,18 +126,29 @@ def compress(
         seconds=round(sum(run.clock.seconds.values()), 2),
         seconds_by={name: round(value, 2) for name, value in run.clock.seconds.items()},
         measure_seconds=round(measure_seconds, 2) if report else 0.0,
+        peak_memory_bytes=peak,
         report=report,
     )
 
 
 @contextmanager
 def _part(output_dir: str | Path, model_or_path: Any, recipe: Recipe) -> Iterator[Path]:
-    """The unfinished output, taken up where it is of the same run.
+    """The unfinished output, taken up where it is of the same run; the first process makes it and makes it appear."""
+    identity = {"recipe": recipe.to_dict(), "source": _fingerprint(model_or_path)}
+    _check_same_run(part_folder(output_dir) / WORK, identity)
+    processes.wait()
+    with _made_part(output_dir, identity) if processes.is_first() else nullcontext(part_folder(output_dir)) as folder:
+        processes.wait()
+        yield folder
+    processes.wait()
+
+
+@contextmanager
+def _made_part(output_dir: str | Path, identity: dict[str, Any]) -> Iterator[Path]:
+    """The folder, with what tells the run.
 
     It stays where the run was interrupted, or ended by a fault of the machine. Bad input would end it again: it goes.
     """
-    identity = {"recipe": recipe.to_dict(), "source": _fingerprint(model_or_path)}
-    _check_same_run(part_folder(output_dir) / WORK, identity)
     with output_folder(output_dir, resume=True) as folder:
         work = folder / WORK
         if not (work / "run.json").is_file() or identity["source"] is None:
@@ -194,10 +218,13 @@ def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress:
     folder = ModelFolder(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype
     plan_stages(folder.config, recipe.stages, dtype, folder.has_head)
-    ids = calibration_ids(recipe.calibration, reads, folder.config) if recipe.needs_data else None
+    ids = None
+    if recipe.needs_data:
+        ids = processes.on_first(lambda: calibration_ids(recipe.calibration, reads, folder.config))
     if recipe.evaluation.source:
-        check_evaluation(recipe.evaluation, reads, folder.config)
-    check_disk_space(work, needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe))
+        processes.on_first(lambda: check_evaluation(recipe.evaluation, reads, folder.config))
+    needed = needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe)
+    processes.on_first(lambda: check_disk_space(work, needed))
     return Run(folder, recipe, dtype, ids, work, progress)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.model_folder import ModelFolder
+from . import processes
 from .disk import write_json
 from .plan import keep_layers, own_layers, variants
 from .recipe import Recipe
@@ -66,7 +67,7 @@ class Run:
             steps = [Step(stage, targets if stage is stages[0] else None) for stage in stages]
             before, current = current, self._sweep(number, steps, current)
             self._report(steps, before, decision)
-            if before.folder.parent == self.work and number > 0:
+            if before.folder.parent == self.work and number > 0 and processes.is_first():
                 shutil.rmtree(before.folder, ignore_errors=True)
         return current
 
@@ -79,17 +80,22 @@ class Run:
         return self._notes
 
     def _decide(self, number: int, stage: Stage, current: ModelFolder) -> dict[str, Any]:
-        """The phase's decision, from `plan.json` where it was made before."""
+        """The phase's decision, from `plan.json` where it was made before; of several processes, the first one's."""
         file = self.work / "plan.json"
-        decisions = json.loads(file.read_text()) if file.is_file() else {}
-        if str(number) not in decisions:
-            folder = self.work / f"survey-{number:02d}"
-            survey = Survey(current, self.ids, folder, self.progress)
-            with torch.no_grad():
-                decisions[str(number)] = self.clock.time("survey", lambda: stage.decide(survey))
-            write_json(file, decisions)
+        decisions = processes.on_first(lambda: json.loads(file.read_text()) if file.is_file() else {})
+        if str(number) in decisions:
+            return decisions[str(number)]
+        folder = self.work / f"survey-{number:02d}"
+        survey = Survey(current, self.ids, self.dtype, folder, self.progress)
+        with torch.no_grad():
+            decision = self.clock.time("survey", lambda: stage.decide(survey))
+
+        def settle() -> dict[str, Any]:
+            write_json(file, {**decisions, str(number): decision})
             shutil.rmtree(folder, ignore_errors=True)
-        return decisions[str(number)]
+            return decision
+
+        return processes.on_first(settle)
 
     def _sweep(self, number: int, steps: list[Step], current: ModelFolder) -> ModelFolder:
         sweep = Sweep(

@@ -1,7 +1,7 @@
 """The survey: what a stage looks at over all layers before it decides anything.
 
 It runs calibration through the unchanged blocks and notes per layer what the stage asks for; interrupted, it goes on
-where it was.
+where it was. Of several processes each has the same numbers, those of all samples.
 """
 
 import functools
@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from ..checkpoint.model_folder import ModelFolder
 from ..model.configuration_llm_kernel import LLMKernelConfig
+from . import processes
 from .block import Block
 from .disk import write_json
 from .inputs import InputStatistic
 from .plan import own_layers
-from .walk import Walk, fast_products
+from .walk import Walk, fast_products, load_block
 
 Observe = Callable[[Block, str, InputStatistic], dict[str, Any]]
 
@@ -31,12 +32,16 @@ class Survey:
     Args:
         source: the checkpoint as the stages before have left it.
         ids: calibration tokens `[S, T]`; `None` where the recipe has none.
+        dtype: of what will stay floating.
         folder: for what an interrupted survey needs to go on.
         progress: whether to draw a bar.
     """
 
-    def __init__(self, source: ModelFolder, ids: torch.Tensor | None, folder: Path, progress: bool):
+    def __init__(
+        self, source: ModelFolder, ids: torch.Tensor | None, dtype: torch.dtype, folder: Path, progress: bool
+    ):
         self.source = source
+        self.dtype = dtype
         self.config = source.config
         self.ids = ids
         self.folder = folder
@@ -49,7 +54,7 @@ class Survey:
 
     def block(self, index: int) -> Block:
         """One layer with its weights."""
-        return Block(index, self.source.layer_config(index), self.source.block_tensors(index))
+        return load_block(self.source, index)
 
     def weigh(self, look: Callable[[Block], dict[str, Any]]) -> list[dict[str, Any]]:
         """What `look` says of each layer from its weights alone."""
@@ -68,10 +73,10 @@ class Survey:
                 found.update({} if inputs is None else look(block, site, inputs))
 
             walk.run(block, needs(block.layer), visit, advance=index + 1 < len(self.layers))
-            self._write(index, found)
+            self.note(index, found)
             walk.settle()
         walk.close()
-        return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
+        return self._read()
 
     def influences(self, unit: str) -> list[dict[str, float]]:
         """Block influence of every part of each layer: of `"layer"`, or of `"attention"` and `"mlp"`."""
@@ -87,10 +92,10 @@ class Survey:
             walk.watch = arrive
             walk.run(block, {}, lambda site, inputs: None, advance=True)
             tokens = self.ids.numel() if self.ids is not None else 1
-            self._write(index, {part: total / tokens for part, total in parts.items()})
+            self.note(index, {part: total / tokens for part, total in processes.summed(parts).items()})
             walk.settle()
         walk.close()
-        return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
+        return self._read()
 
     def walk(self) -> Walk:
         """The calibration sequences before the first layer that was not looked at yet."""
@@ -106,8 +111,13 @@ class Survey:
     def _file(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.json"
 
-    def _write(self, index: int, found: dict[str, Any]) -> None:
-        write_json(self._file(index), found)
+    def note(self, index: int, found: dict[str, Any]) -> None:
+        """Writes what was found in a layer, of types of JSON; the walk goes on behind it then."""
+        if processes.is_first():
+            write_json(self._file(index), found)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
 
 
 def embedder(load_embedding: Callable[[], nn.Module], ids: torch.Tensor) -> Callable[[int, int], torch.Tensor]:

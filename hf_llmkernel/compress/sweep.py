@@ -25,13 +25,14 @@ from ..checkpoint.header import read_header
 from ..checkpoint.model_folder import ModelFolder, embedding_module, stored_as
 from ..checkpoint.reader import INDEX_FILE
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from . import processes
 from .block import SITES, Block
 from .disk import write_json, write_tensors
 from .inputs import NEEDS, InputStatistic
 from .plan import LAYER_FIELDS, merge_layers, own_layers
 from .stage import Stage
 from .survey import embedder
-from .walk import Visit, Walk
+from .walk import Visit, Walk, load_block
 
 TOP_FILE = "top.safetensors"
 
@@ -45,6 +46,11 @@ class Step:
 
     def target(self, index: int) -> Any:
         return None if self.targets is None else self.targets[index]
+
+    def within(self, index: int) -> "list[Step]":
+        """What it is in one layer: the stages chosen for it, where it is a choice of others."""
+        chosen = self.stage.chosen_stages(self.target(index))
+        return [self] if chosen is None else [Step(stage) for stage in chosen]
 
 
 class Clock:
@@ -101,12 +107,16 @@ class Sweep:
     def run(self) -> ModelFolder:
         """Writes every tensor and the configuration; returns the result."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / TOP_FILE).is_file():
+        if processes.is_first() and not (self.folder / TOP_FILE).is_file():
             self._write_top()
+        processes.wait()
         done = self._finished()
-        if done < self.count:
+        # Without calibration there is nothing to share: the first process does it all.
+        if done < self.count and (self.ids is not None or processes.is_first()):
             self._sweep_blocks(done)
-        self._write_config()
+        if processes.is_first():
+            self._write_config()
+        processes.wait()
         return ModelFolder(self.folder)
 
     def notes(self) -> list[list[dict[str, Any]]]:
@@ -163,11 +173,11 @@ class Sweep:
             walk.close()
 
     def _read_block(self, index: int) -> Block:
-        return Block(index, self.source.layer_config(index), self.source.block_tensors(index))
+        return load_block(self.source, index)
 
     def _change(self, block: Block, walk: Walk | None, bar: tqdm) -> None:
         """All stages on one block, one run of the walk for those that can share it."""
-        covering = [step for step in self.steps if step.stage.covers(block.index)]
+        covering = self._steps_of(block.index)
         for step in covering:
             step.stage.begin(block, step.target(block.index))
         runs = [list(steps) for _, steps in groupby(covering, lambda step: step.stage.structural)] or [[]]
@@ -211,7 +221,11 @@ class Sweep:
 
     def _needs_data_after(self, index: int) -> bool:
         later = range(index + 1, self.count)
-        return any(step.stage.needs_data and any(map(step.stage.covers, later)) for step in self.steps)
+        return any(step.stage.needs_data for layer in later for step in self._steps_of(layer))
+
+    def _steps_of(self, index: int) -> list[Step]:
+        covering = [step for step in self.steps if step.stage.covers(index)]
+        return [part for step in covering for part in step.within(index)]
 
     # What is on the disk
 
@@ -226,6 +240,8 @@ class Sweep:
 
     def _write_block(self, block: Block) -> None:
         """The weights, then the small file that says that they are whole."""
+        if not processes.is_first():
+            return
         prefix = f"{self.source.prefix}layers.{block.index}."
         write_tensors(
             self._file(block.index, "safetensors"), {prefix + name: tensor for name, tensor in block.tensors.items()}

@@ -3,7 +3,9 @@
 In one forward of a block every linear is changed *after* its inputs were seen and *before* its outputs are computed:
 each sees what the changed ones before it put out, and nothing is computed twice.
 
-Shapes: S samples, T tokens a sample, H hidden_size, I inputs of a site.
+Under `torchrun` each process walks its share of the samples, and statistics are summed over all (`processes.py`).
+
+Shapes: S samples of this process, T tokens a sample, H hidden_size, I inputs of a site.
 """
 
 import time
@@ -14,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint.model_folder import Positions
+from ..checkpoint.model_folder import ModelFolder, Positions
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer
+from . import processes
 from .block import SITES, SUBLAYER_MODULES, Block
 from .inputs import InputStatistic
 from .states import States
 
 BATCH_TOKENS = 2048
+WITHOUT_FP64 = ("mps",)
 # Of each sublayer: the site it begins with, that of its last linear, and that linear.
 SUBLAYER_SITES = {
     "attention": ("attention_input", "attention_output", "o_proj"),
@@ -36,37 +40,46 @@ class Walk:
     Args:
         config: of the model, for positions and masks.
         folder: for the states; where it has those of an interrupted walk, they are taken up.
-        samples, length: S and T.
+        samples, length: of all processes together, and T.
     """
 
     def __init__(self, config: LLMKernelConfig, folder: Path, samples: int, length: int):
-        self.folder = folder
+        self.folder = processes.own_folder(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.index = 0
         self.statistic_seconds = 0.0
         # Called with "attention", "mlp" or "layer" and a batch of hidden states before and after it.
         self.watch: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
-        self._shape = (samples, length)
+        self._share = processes.share(samples)
+        self._shape = (len(self._share), length)
         self._width = config.hidden_size
         self.device = accelerator()
         self._positions = Positions(config, length, self.device)
         self._states: States | None = None
 
     def take_up(self, done: int, embed: Callable[[int, int], torch.Tensor]) -> None:
-        """Goes on after `done` blocks, or after the last one whose outputs are there; else from the first.
+        """Goes on after `done` blocks, or after the last one whose outputs all processes have; else from the first.
 
-        `embed(begin, end)` gives the states of some samples that enter the first block.
+        `embed(begin, end)` gives the states of some samples, counted over all processes, that enter the first block.
         """
-        self.index = max((index for index in range(done + 1) if self._path(index).is_file()), default=0)
-        if not self._path(self.index).is_file():
+        there = {index for index in range(done + 1) if self._path(index).is_file()}
+        common = set.intersection(*processes.gather(there))
+        self.index = max(common, default=0)
+        if not common:
+            first = self._share.start
             with States(self.folder / "starting", *self._shape, self._width) as states:
                 for begin, end in states.batches(self._batch_size):
-                    states.write(begin, embed(begin, end))
+                    states.write(begin, embed(first + begin, first + end))
                 states.rename(self._path(0))
         self._states = States(self._path(self.index), *self._shape, self._width)
         self.settle()
 
     def settle(self) -> None:
-        """Removes the states of earlier blocks: what was made of them is on the disk, the walk will not go back."""
+        """Removes the states of earlier blocks: what was made of them is on the disk, the walk will not go back.
+
+        All processes have come so far then: wherever they are stopped, there is a block whose outputs each still has.
+        """
+        processes.wait()
         for path in self.folder.glob("states-*"):
             if path != self.states.path:
                 path.unlink()
@@ -121,12 +134,18 @@ class Walk:
         statistic = InputStatistic(needs)
         for begin, end in states.batches(self._batch_size):
             self._add(statistic, norm(states.read(begin, end).to(self.device)))
+        self._sum_over_processes(statistic, self._width)
         return statistic
 
     def _add(self, statistic: InputStatistic, inputs: torch.Tensor) -> None:
         started = time.monotonic()
         statistic.add(inputs)
         self.statistic_seconds += time.monotonic() - started
+
+    def _sum_over_processes(self, statistic: InputStatistic, width: int) -> None:
+        if not self._share:
+            self._add(statistic, torch.empty(0, width, device=self.device))
+        statistic.all_reduce()
 
     def _exit_inputs(
         self, block: Block, sublayer: str, leaf: str, states: States, needs: str | None, keep: bool
@@ -142,6 +161,8 @@ class Walk:
             if keep:
                 kept = kept or States(self.folder / f"{sublayer}-inputs", *self._shape, inputs.shape[-1])
                 kept.write(begin, inputs)
+        if statistic is not None:
+            self._sum_over_processes(statistic, block.layer.linear_shapes()[leaf][1])
         return statistic, kept
 
     def _capture(
@@ -174,15 +195,17 @@ class Walk:
 
     def _arrive(self, block: Block, states: States) -> None:
         """Makes the outputs of a block, which must be finite, the states that enter the next."""
-        if states is self.states:  # a block without any sublayer
+        if states is self.states:  # a block without any sublayer, or a process without any sample
             states = self._copy()
+        finite = True
         for begin, end in states.batches(self._batch_size):
             after = states.read(begin, end)
-            if not after.isfinite().all():
-                path = f"model.layers.{block.index}"
-                raise ValueError(f"{path}: its outputs are not finite on the calibration text; check the weights.")
+            finite = finite and bool(after.isfinite().all())
             if self.watch is not None:
                 self.watch("layer", self.states.read(begin, end), after)
+        if not all(processes.gather(finite)):
+            path = f"model.layers.{block.index}"
+            raise ValueError(f"{path}: its outputs are not finite on the calibration text; check the weights.")
         self.states.close()  # its file stays until `settle`
         self.index += 1
         states.rename(self._path(self.index))
@@ -251,7 +274,16 @@ def fast_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def load_block(source: ModelFolder, index: int) -> Block:
+    """A layer with its weights on the accelerator: there its inputs are seen, and whatever stages make is made there.
+
+    Files of activations and of weights are all that leaves it.
+    """
+    tensors = {name: tensor.to(accelerator()) for name, tensor in source.block_tensors(index).items()}
+    return Block(index, source.layer_config(index), tensors)
+
+
 def accelerator() -> torch.device:
-    """Where the work is done: the accelerator, where there is one."""
+    """Where the work is done: the accelerator, where there is one that has fp64, which solves need."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
+    return torch.device("cpu") if found is None or found.type in WITHOUT_FP64 else found

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ...checkpoint.model_folder import Positions
 from ...evaluate.quality import summed_nll
 from ...model.modeling_llm_kernel import LLMKernelDecoderLayer
+from .. import processes
 from ..disk import write_json
 from ..walk import accelerator, fast_products
 
@@ -38,14 +39,15 @@ def drop_by_perplexity(
     ranked = sorted(candidates, key=lambda part: influences[part[0]][part[1]])
     shortlist = sorted(ranked[: 2 * count + 6])
     file = survey.folder / "rounds.json"
-    rounds: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    rounds: list[dict[str, Any]] = processes.on_first(lambda: json.loads(file.read_text()) if file.is_file() else [])
     while len(rounds) < count:
         dropped = [tuple(entry["dropped"]) for entry in rounds]
         tried = [part for part in shortlist if part not in dropped]
         losses = losses_without(survey, dropped, tried)
         best = min(tried, key=lambda part: losses[part])
         rounds.append({"dropped": best, "losses": [[*part, losses[part]] for part in tried]})
-        write_json(file, rounds)
+        if processes.is_first():
+            write_json(file, rounds)
     dropped = [tuple(entry["dropped"]) for entry in rounds]
     scores = [
         {"round": number, "layer": layer, "part": kind, "loss": loss}
@@ -59,7 +61,9 @@ def drop_by_perplexity(
 def losses_without(survey: "Survey", dropped: list[Part], tried: list[Part]) -> dict[Part, float]:
     """Mean loss in nats of the calibration text without `dropped` and one more part, for each of `tried`."""
     assert survey.ids is not None
-    ids = survey.ids[: max(SEARCH_TOKENS // survey.ids.shape[1], 1)]
+    searched = survey.ids[: max(SEARCH_TOKENS // survey.ids.shape[1], 1)]
+    mine = processes.share(len(searched))
+    ids = searched[mine.start : mine.stop]
     device = accelerator()
     source, positions = survey.source, Positions(survey.config, ids.shape[1], device)
     shared = source.embedding()(ids).to(device)  # [S, T, H]
@@ -76,13 +80,13 @@ def losses_without(survey: "Survey", dropped: list[Part], tried: list[Part]) -> 
         if any(layer > index for layer, _ in tried):
             shared = _run(block, shared, given, gone)
     norm, head = source.norm().to(device), source.head().to(device)
-    tokens = ids.numel() - len(ids)
-    losses = {}
+    tokens = searched.numel() - len(searched)
+    totals: dict[Part, float] = {}
     with fast_products():
         for part, states in forks.items():
             pairs = zip(states, ids.to(device), strict=True)
-            losses[part] = sum(summed_nll(norm(sample), sample_ids, head) for sample, sample_ids in pairs) / tokens
-    return losses
+            totals[part] = sum(summed_nll(norm(sample), sample_ids, head) for sample, sample_ids in pairs)
+    return {part: total / tokens for part, total in processes.summed(totals).items()}
 
 
 def _run(
