@@ -57,7 +57,8 @@ def _render_run(result: dict[str, Any]) -> str:
     lines = [f"{stage_name(stage)}: {'; '.join(map(result_text, stage['result']))}" for stage in result["stages"]]
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds_by"].items())
     written = size(result["weight_bytes"])
-    lines.append(f"{result['output']}: {written} of weights in {result['seconds']:.0f} s ({spent})")
+    memory = size(result["peak_memory_bytes"])
+    lines.append(f"{result['output']}: {written} of weights in {result['seconds']:.0f} s ({spent}), {memory} of memory")
     if fallbacks := [note for note in result["notes"] if "dampening" in note]:
         lines.append(f"dampening was raised in {len(fallbacks)} solves, the first in layer {fallbacks[0]['layer']}")
     report = [render_reports(columns(Report.from_dict(result["report"])))] if result["report"] else []
