@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..survey import Survey
 
 Part = tuple[int, str]  # a layer, and "layer", "attention" or "mlp"
-SEARCH_TOKENS = 8192  # of the calibration text, at most: forks are held in memory
+SEARCH_TOKENS = 4096  # of the calibration text, at most: forks are held in memory
 
 
 def drop_by_perplexity(
