@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hf_llmkernel.registration import CLASS_MODULES, register
 
 if TYPE_CHECKING:
+    from hf_llmkernel.compress import Recipe, compress
+    from hf_llmkernel.compress.optimum import LLMKernelPruner, LLMKernelPruningConfig
+    from hf_llmkernel.compress.sparsify.gradual import GradualPruning, pack_zeros
     from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
     from hf_llmkernel.evaluate import Report, evaluate, inspect
     from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
@@ -25,30 +28,42 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "GradualPruning",
     "LLMKernelConfig",
     "LLMKernelForCausalLM",
     "LLMKernelForQuestionAnswering",
     "LLMKernelForSequenceClassification",
     "LLMKernelForTokenClassification",
     "LLMKernelModel",
+    "LLMKernelPruner",
+    "LLMKernelPruningConfig",
     "LinearForm",
+    "Recipe",
     "Report",
+    "compress",
     "convert_checkpoint",
     "evaluate",
     "export_checkpoint",
     "inspect",
+    "pack_zeros",
     "preset_config",
 ]
 
 _MODULE_OF = {
     **CLASS_MODULES,
     "LinearForm": "hf_llmkernel.model.configuration_llm_kernel",
+    "GradualPruning": "hf_llmkernel.compress.sparsify.gradual",
+    "pack_zeros": "hf_llmkernel.compress.sparsify.gradual",
+    "compress": "hf_llmkernel.compress",
+    "Recipe": "hf_llmkernel.compress",
     "convert_checkpoint": "hf_llmkernel.convert",
     "export_checkpoint": "hf_llmkernel.convert",
     "evaluate": "hf_llmkernel.evaluate",
     "inspect": "hf_llmkernel.evaluate",
     "Report": "hf_llmkernel.evaluate",
     "preset_config": "hf_llmkernel.presets",
+    "LLMKernelPruner": "hf_llmkernel.compress.optimum",
+    "LLMKernelPruningConfig": "hf_llmkernel.compress.optimum",
 }
 
 

@@ -1,5 +1,6 @@
 """What is built, what an installed wheel does in a new process, and when the scripts build the environment anew."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import hf_llmkernel
 from hf_llmkernel.model.configuration_llm_kernel import PAYLOAD_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = "optimum/commands/register/register_llmkernel.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -31,11 +33,13 @@ def distributions(tmp_path_factory):
 def test_wheel_holds_the_package_the_payload_and_the_hook(distributions):
     wheel = zipfile.ZipFile(next(distributions.glob("*.whl")))
     names = set(wheel.namelist())
+    # No __init__.py: the folders are of Optimum's namespace.
+    assert [name for name in names if name.startswith("optimum/")] == [COMMANDS]
     assert {"hf_llmkernel_hook.py", "hf_llmkernel_hook.pth"} <= names
     assert {f"hf_llmkernel/model/{name}" for name in PAYLOAD_FILES} <= names
     folders = {name.split("/")[0] for name in names}
     information = f"hf_llmkernel-{hf_llmkernel.__version__}.dist-info"
-    assert folders == {"hf_llmkernel", "hf_llmkernel_hook.py", "hf_llmkernel_hook.pth", information}
+    assert folders == {"hf_llmkernel", "hf_llmkernel_hook.py", "hf_llmkernel_hook.pth", "optimum", information}
     metadata = wheel.read(f"{information}/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert f"{information}/licenses/LICENSE" in names
@@ -69,6 +73,55 @@ print(type(model).__module__, hf_llmkernel.__file__)
     assert ended.returncode == 0, ended.stderr[-2000:]
     expected = ["hf_llmkernel.model.modeling_llm_kernel", str(site_packages / "hf_llmkernel" / "__init__.py")]
     assert ended.stdout.split() == expected
+
+
+@pytest.fixture(scope="session")
+def editable_wheel(tmp_path_factory):
+    """What `pip install -e` unpacks: files of site-packages itself, and a path to the working tree."""
+    folder = tmp_path_factory.mktemp("editable")
+    code = "import sys; from hatchling.build import build_editable; build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, capture_output=True)
+    return next(folder.glob("*.whl"))
+
+
+def installed(wheel: Path, site_packages: Path) -> None:
+    """Unpacks a wheel among the packages of this environment, this project's own left out."""
+    site_packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if entry.name == "optimum":  # the one package that the wheel writes into
+            shutil.copytree(entry, site_packages / "optimum", ignore=shutil.ignore_patterns("register", "__pycache__"))
+        elif "hf_llmkernel" not in entry.name:
+            (site_packages / entry.name).symlink_to(entry)
+    zipfile.ZipFile(wheel).extractall(site_packages)
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_optimum_cli_prunes_from_an_install(request, distributions, tiny_checkpoint, tmp_path, kind):
+    wheel = next(distributions.glob("*.whl")) if kind == "wheel" else request.getfixturevalue("editable_wheel")
+    installed(wheel, tmp_path / "site-packages")
+    code = """
+import site, sys
+site.addsitedir(sys.argv.pop(1))
+from optimum.commands.optimum_cli import main
+sys.argv[0] = "optimum-cli"
+main()
+import hf_llmkernel
+print(hf_llmkernel.__file__, file=sys.stderr)
+"""
+    options = ["--target-sparsity", "0.5", "--pattern", "neurons", "--pruning-type", "magnitude", "--update", "none"]
+    arguments = ["llmkernel", "prune", "-m", str(tiny_checkpoint), "-o", "pruned", *options, "--align", "8", "--json"]
+    ended = subprocess.run(
+        [sys.executable, "-S", "-c", code, str(tmp_path / "site-packages"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert json.loads(ended.stdout) == json.loads((tmp_path / "pruned" / "pruning_config.json").read_text())
+    assert json.loads(ended.stdout)["measured_sparsity"] == 0.5
+    package = ROOT if kind == "editable" else tmp_path / "site-packages"
+    assert ended.stderr.splitlines()[-1] == str(package / "hf_llmkernel" / "__init__.py")
 
 
 def test_every_dependency_is_pinned_and_its_pin_in_range():
