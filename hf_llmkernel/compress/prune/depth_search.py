@@ -63,7 +63,15 @@ def losses_without(survey: "Survey", dropped: list[Part], tried: list[Part]) -> 
     assert survey.ids is not None
     searched = survey.ids[: max(SEARCH_TOKENS // survey.ids.shape[1], 1)]
     mine = processes.share(len(searched))
-    ids = searched[mine.start : mine.stop]
+    totals = summed_losses(survey, searched[mine.start : mine.stop], dropped, tried) if mine else {}
+    tokens = searched.numel() - len(searched)
+    return {part: total / tokens for part, total in processes.summed(totals).items()}
+
+
+def summed_losses(
+    survey: "Survey", ids: torch.Tensor, dropped: list[Part], tried: list[Part]
+) -> dict[Part, float]:
+    """The same, summed over the tokens of some samples `[S, T]`."""
     device = accelerator()
     source, positions = survey.source, Positions(survey.config, ids.shape[1], device)
     shared = source.embedding()(ids).to(device)  # [S, T, H]
@@ -80,13 +88,12 @@ def losses_without(survey: "Survey", dropped: list[Part], tried: list[Part]) -> 
         if any(layer > index for layer, _ in tried):
             shared = _run(block, shared, given, gone)
     norm, head = source.norm().to(device), source.head().to(device)
-    tokens = searched.numel() - len(searched)
     totals: dict[Part, float] = {}
     with fast_products():
         for part, states in forks.items():
             pairs = zip(states, ids.to(device), strict=True)
             totals[part] = sum(summed_nll(norm(sample), sample_ids, head) for sample, sample_ids in pairs)
-    return {part: total / tokens for part, total in processes.summed(totals).items()}
+    return totals
 
 
 def _run(
