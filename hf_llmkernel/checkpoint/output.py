@@ -26,8 +26,13 @@ def check_output(path: str | Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output={path}: exists and is not empty; choose another folder or remove it.")
     part = part_folder(path)
-    if part.is_symlink() or (part.exists() and not (part / MARKER).is_file()):
+    if part.is_symlink() or (part.exists() and not _is_own(part)):
         raise ValueError(f"output={path}: {part} is in the way and was not made by this program; remove or rename it.")
+
+
+def _is_own(part: Path) -> bool:
+    """Whether an unfinished folder is this program's: it has the mark, or nothing, if it ended before it made that."""
+    return part.is_dir() and ((part / MARKER).is_file() or not any(part.iterdir()))
 
 
 def part_folder(path: str | Path) -> Path:

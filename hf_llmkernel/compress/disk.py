@@ -1,17 +1,27 @@
 """Files that are there whole or not at all, whenever the process is killed."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+FULL_DISK = f"os error {errno.ENOSPC}"
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A safetensors file that is there whole or not at all."""
+    """A safetensors file that is there whole or not at all. Raises `OSError` where the disk is full."""
     part = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library's name for whatever happens, which would pass for bad input
+        if FULL_DISK in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
     part.replace(path)
 
 

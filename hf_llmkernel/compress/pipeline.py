@@ -31,7 +31,8 @@ from .plan import plan_stages, stored_sizes
 from .recipe import Recipe
 from .run import Run
 
-WORK, COMPLETE = "work", "complete"  # what only an unfinished run needs, inside of the unfinished output
+# What only an unfinished run needs, inside of the unfinished output.
+WORK, RUN_FILE, COMPLETE = "work", "run.json", "complete"
 SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
 
 
@@ -115,7 +116,7 @@ def compress(
             lambda: measure(source, folder, recipe.evaluation, names, progress, memory_bytes)
         )
         measure_seconds = time.monotonic() - started
-        processes.on_first(lambda: shutil.rmtree(work))
+        processes.on_first(lambda: _remove_work(work))
     return Compression(
         source=_name(model_or_path),
         output=str(output_dir),
@@ -151,10 +152,10 @@ def _made_part(output_dir: str | Path, identity: dict[str, Any]) -> Iterator[Pat
     """
     with output_folder(output_dir, resume=True) as folder:
         work = folder / WORK
-        if not (work / "run.json").is_file() or identity["source"] is None:
+        if not (work / RUN_FILE).is_file() or identity["source"] is None:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
-        write_json(work / "run.json", identity)
+        write_json(work / RUN_FILE, identity)
         try:
             yield folder
         except ValueError:
@@ -165,7 +166,7 @@ def _made_part(output_dir: str | Path, identity: dict[str, Any]) -> Iterator[Pat
 
 def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
     """Raises `ValueError` where an unfinished run of another recipe or source is in the way."""
-    file = work / "run.json"
+    file = work / RUN_FILE
     if not file.is_file():
         return
     before = json.loads(file.read_text())
@@ -224,8 +225,13 @@ def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress:
     if recipe.evaluation.source:
         processes.on_first(lambda: check_evaluation(recipe.evaluation, reads, folder.config))
     needed = needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe)
-    processes.on_first(lambda: check_disk_space(work, needed))
+    processes.on_first(lambda: check_disk_space(work, needed - _bytes_of(work)))
     return Run(folder, recipe, dtype, ids, work, progress)
+
+
+def _bytes_of(folder: Path) -> int:
+    """Of the files that an interrupted run has left."""
+    return sum(entry.stat().st_size for entry in folder.rglob("*") if entry.is_file())
 
 
 def needed_disk_bytes(config: LLMKernelConfig, weight_bytes: int, recipe: Recipe) -> int:
@@ -251,6 +257,12 @@ def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recip
     result.config.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
     return writer.total_bytes
+
+
+def _remove_work(work: Path) -> None:
+    """First the file that makes the next run take it up: it may be half of it by then."""
+    (work / RUN_FILE).unlink()
+    shutil.rmtree(work)
 
 
 def _name(model_or_path: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.model_folder import ModelFolder
+from ..model.configuration_llm_kernel import LLMKernelConfig
 from . import processes
 from .disk import write_json
 from .plan import keep_layers, own_layers, variants
@@ -52,32 +53,51 @@ class Run:
         self.work = work
         self.progress = progress
         self.clock = Clock()
-        self._stages: list[dict[str, Any]] = []
-        self._notes: list[dict[str, Any]] = []
+        self._outcomes: list[dict[str, Any]] = []
 
     def run(self) -> ModelFolder:
-        """All phases; returns the folder of the last sweep."""
-        current = self.source
-        for number, stages in enumerate(phases(self.recipe.stages)):
-            decision = self._decide(number, stages[0], current) if stages[0].is_global else None
-            kept = stages[0].depth(decision, current.config.num_hidden_layers)
-            if len(kept) < current.config.num_hidden_layers:
-                current = current.restricted(keep_layers(current.config, kept), kept)
-            targets = None if decision is None else decision.get("targets")
-            steps = [Step(stage, targets if stage is stages[0] else None) for stage in stages]
-            before, current = current, self._sweep(number, steps, current)
-            self._report(steps, before, decision)
-            if before.folder.parent == self.work and number > 0 and processes.is_first():
-                shutil.rmtree(before.folder, ignore_errors=True)
+        """All phases, but for those that an interrupted run has done; returns the folder of the last sweep."""
+        groups = phases(self.recipe.stages)
+        done = processes.on_first(lambda: sum(self._outcome_file(number).is_file() for number in range(len(groups))))
+        current = ModelFolder(self._sweep_folder(done - 1)) if done else self.source
+        for number in range(done, len(groups)):
+            current = self._phase(number, groups[number], current)
+        self._outcomes = [json.loads(self._outcome_file(number).read_text()) for number in range(len(groups))]
         return current
 
     def outcome(self) -> list[dict[str, Any]]:
         """One entry a stage: its settings, what it reached, and what it decided."""
-        return self._stages
+        return [stage for outcome in self._outcomes for stage in outcome["stages"]]
 
     def notes(self) -> list[dict[str, Any]]:
         """What stages told of single layers."""
-        return self._notes
+        return [note for outcome in self._outcomes for note in outcome["notes"]]
+
+    def _phase(self, number: int, stages: list[Stage], current: ModelFolder) -> ModelFolder:
+        """A decision, a sweep, and the file that says that both are done; then the sweep before it can go."""
+        decision = self._decide(number, stages[0], current) if stages[0].is_global else None
+        kept = stages[0].depth(decision, current.config.num_hidden_layers)
+        if len(kept) < current.config.num_hidden_layers:
+            current = current.restricted(keep_layers(current.config, kept), kept)
+        targets = None if decision is None else decision.get("targets")
+        steps = [Step(stage, targets if stage is stages[0] else None) for stage in stages]
+        sweep = Sweep(current, steps, self._sweep_folder(number), self.dtype, self.ids, self.progress, self.clock)
+        result = sweep.run()
+
+        def settle() -> None:
+            outcome = {"stages": reached(steps, current.config, decision), "notes": numbered(sweep.notes())}
+            write_json(self._outcome_file(number), outcome)
+            if number > 0:
+                shutil.rmtree(self._sweep_folder(number - 1), ignore_errors=True)
+
+        processes.on_first(settle)
+        return result
+
+    def _sweep_folder(self, number: int) -> Path:
+        return self.work / f"sweep-{number:02d}"
+
+    def _outcome_file(self, number: int) -> Path:
+        return self.work / f"phase-{number:02d}.json"
 
     def _decide(self, number: int, stage: Stage, current: ModelFolder) -> dict[str, Any]:
         """The phase's decision, from `plan.json` where it was made before; of several processes, the first one's."""
@@ -97,28 +117,25 @@ class Run:
 
         return processes.on_first(settle)
 
-    def _sweep(self, number: int, steps: list[Step], current: ModelFolder) -> ModelFolder:
-        sweep = Sweep(
-            current, steps, self.work / f"sweep-{number:02d}", self.dtype, self.ids, self.progress, self.clock
-        )
-        result = sweep.run()
-        for layer, notes in enumerate(sweep.notes()):
-            self._notes += [{"layer": layer, **note} for note in notes]
-        return result
 
-    def _report(self, steps: list[Step], before: ModelFolder, decision: dict[str, Any] | None) -> None:
-        """What each stage of a phase reached, which follows from the configuration and its decision."""
-        layers = own_layers(before.config)
-        for step in steps:
-            results = {
-                index: step.stage.plan(layer, step.target(index))
-                for index, layer in enumerate(layers)
-                if step.stage.covers(index)
-            }
-            entry = {**step.stage.to_dict(), "result": variants(results)}
-            if step.stage is steps[0].stage and decision is not None:
-                entry["decision"] = decision
-            self._stages.append(entry)
+def reached(steps: list[Step], before: LLMKernelConfig, decision: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """What each stage of a phase reached, which follows from the configuration before it and its decision."""
+    layers, entries = own_layers(before), []
+    for step in steps:
+        results = {
+            index: step.stage.plan(layer, step.target(index))
+            for index, layer in enumerate(layers)
+            if step.stage.covers(index)
+        }
+        entries.append({**step.stage.to_dict(), "result": variants(results)})
+    if decision is not None:
+        entries[0]["decision"] = decision
+    return entries
+
+
+def numbered(notes: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Notes of all layers, each with its layer."""
+    return [{"layer": layer, **note} for layer, found in enumerate(notes) for note in found]
 
 
 def phases(stages: tuple[Stage, ...]) -> list[list[Stage]]:

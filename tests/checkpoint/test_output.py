@@ -42,6 +42,7 @@ def test_what_is_in_the_way_stays(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "full")
     (tmp_path / "other.part").mkdir()
+    (tmp_path / "other.part/theirs").touch()
     for name, message in (
         ("full", "output=.*full: exists and is not empty; choose another folder or remove it"),
         ("file", "output=.*file: exists and is not a folder; choose"),
@@ -52,7 +53,14 @@ def test_what_is_in_the_way_stays(tmp_path):
             check_output(tmp_path / name)
         with pytest.raises(ValueError, match=message), output_folder(tmp_path / name):
             pass
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "link", "mine", "other.part"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "link", "mine", "other.part", "theirs"]
+
+
+def test_an_empty_unfinished_folder_is_taken(tmp_path):
+    (tmp_path / "output.part").mkdir()  # of a run that ended before it could mark it
+    with output_folder(tmp_path / "output") as folder:
+        (folder / "file").touch()
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["file"]
 
 
 def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path):
