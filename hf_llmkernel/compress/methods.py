@@ -4,6 +4,7 @@ from .factorize import stage as factorize
 from .prune import depth as drop_layers
 from .prune import stage as prune
 from .quantize import stage as quantize
+from .search import stage as search
 from .sparsify import stage as sparsify
 
-__all__ = ["drop_layers", "factorize", "prune", "quantize", "sparsify"]
+__all__ = ["drop_layers", "factorize", "prune", "quantize", "search", "sparsify"]

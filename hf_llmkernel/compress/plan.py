@@ -5,6 +5,7 @@ Reading order: plan -> one stage -> layers on their own -> layers as one configu
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -42,6 +43,8 @@ def plan_stages(
         ValueError: a stage that cannot be, saying where and why.
     """
     planned = []
+    config = copy.deepcopy(config)
+    config.dtype = dtype
     for stage in stages:
         stage.check_choice(config)
         config, result = plan_stage(config, stage)
@@ -103,12 +106,24 @@ def keep_layers(config: LLMKernelConfig, kept: list[int]) -> LLMKernelConfig:
 
 def stored_sizes(config: LLMKernelConfig, dtype: torch.dtype, has_head: bool = True) -> tuple[int, int]:
     """Values stored, and bytes of all tensors, of a model of this family in a dtype."""
-    norms = sum(map(math.prod, norm_shapes(config, "").values()))
-    parameters, weight_bytes = norms, norms * dtype.itemsize
+    sizes = [own for _, *own in _tensor_sizes(config, dtype, has_head)]
+    return sum(parameters for parameters, _ in sizes), sum(weight_bytes for _, weight_bytes in sizes)
+
+
+def layer_sizes(layer: LLMKernelConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """The same of one layer, from its own configuration."""
+    alike = _tensor_sizes(layer, dtype, False)  # of a model whose layers are all like this one
+    sizes = [own for name, *own in alike if name.startswith("layers.0.")]
+    return sum(parameters for parameters, _ in sizes), sum(weight_bytes for _, weight_bytes in sizes)
+
+
+def _tensor_sizes(config: LLMKernelConfig, dtype: torch.dtype, has_head: bool) -> Iterator[tuple[str, int, int]]:
+    """Name, values and bytes of every norm, linear and embedding."""
+    for name, shape in norm_shapes(config, "").items():
+        yield name, math.prod(shape), math.prod(shape) * dtype.itemsize
     for slot in slots(config, "", has_head):
         tensors = slot.form.stored_tensors(slot.out_features, slot.in_features)
-        for shape, name in tensors.values():
-            weight_bytes += math.prod(shape) * (dtype if name is None else getattr(torch, name)).itemsize
-        biases = sum(math.prod(shape) for name, (shape, _) in tensors.items() if name.endswith("bias"))
-        parameters += stored_values(slot.form, slot.out_features, slot.in_features) + biases
-    return parameters, weight_bytes
+        itemsizes = {suffix: (getattr(torch, own) if own else dtype).itemsize for suffix, (_, own) in tensors.items()}
+        weight_bytes = sum(math.prod(shape) * itemsizes[suffix] for suffix, (shape, _) in tensors.items())
+        biases = sum(math.prod(shape) for suffix, (shape, _) in tensors.items() if suffix.endswith("bias"))
+        yield slot.name, stored_values(slot.form, slot.out_features, slot.in_features) + biases, weight_bytes

@@ -117,6 +117,10 @@ class Stage:
         """
         raise TypeError(f"{type(self).__name__} does not say what shapes it makes")
 
+    def chosen_stages(self, target: Any) -> "tuple[Stage, ...] | None":
+        """The stages that do its work in a layer, where its decision is a choice of other stages; else `None`."""
+        return None
+
     def needs(self, layer: LLMKernelConfig) -> dict[str, str]:
         """`{site: what is to be known of its inputs}`, see `InputStatistic`."""
         return {}
