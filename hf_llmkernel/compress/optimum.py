@@ -21,6 +21,7 @@ from ..convert.incoming import read_config_fields
 from ..convert.source import locate_source
 from ..evaluate.inventory import Entry, inspect
 from ..evaluate.layout import shape_config, slots, stored_values
+from . import processes
 from .block import SITES
 from .pipeline import compress
 from .prune.stage import METHODS as GROUP_METHODS
@@ -238,11 +239,7 @@ class LLMKernelPruner(OptimumQuantizer):
         config = _as_config(pruning_config)
         before = count_stored(self.model_or_path)
         compress(self.model_or_path, config.to_recipe(), save_dir, self.tokenizer, progress)
-        total, by_op = measure_sparsity(before, inspect(save_dir, verify=True, progress=progress).entries)
-        asked = {name: getattr(config, name) for name in setting_names()}
-        measured = LLMKernelPruningConfig(**asked, measured_sparsity=total, measured_sparsity_by_op=by_op)
-        measured.save_pretrained(save_dir)
-        return measured
+        return processes.on_first(lambda: _save_measured(config, before, save_dir, progress))
 
     def quantize(self, save_dir: str | Path, file_prefix: str | None = None, **kwargs: Any) -> Path:
         """Stores the linears as integers instead, which the base class asks for.
@@ -262,6 +259,17 @@ class LLMKernelPruner(OptimumQuantizer):
             raise ValueError(f"file_prefix={file_prefix!r}: the files have fixed names; leave it out.")
         compress(self.model_or_path, {"stages": [{"quantize": kwargs}]}, save_dir, self.tokenizer)
         return Path(save_dir)
+
+
+def _save_measured(
+    config: LLMKernelPruningConfig, before: Counter[str], save_dir: str | Path, progress: bool
+) -> LLMKernelPruningConfig:
+    """Writes a config beside the checkpoint it made, with what was reached there, and returns it."""
+    total, by_op = measure_sparsity(before, inspect(save_dir, verify=True, progress=progress).entries)
+    asked = {name: getattr(config, name) for name in setting_names()}
+    measured = LLMKernelPruningConfig(**asked, measured_sparsity=total, measured_sparsity_by_op=by_op)
+    measured.save_pretrained(save_dir)
+    return measured
 
 
 def _as_config(given: Any) -> LLMKernelPruningConfig:
