@@ -33,7 +33,7 @@ def check_sparsity(sparsity: float | None, pattern: str) -> float:
     group = kept_of_group(pattern)
     if sparsity is None and group is not None:
         return 1 - group[0] / group[1]
-    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
+    if not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
         raise ValueError(f"sparsity={sparsity!r}: must be above 0 and below 1, the share of weights to remove.")
     if group is not None and not math.isclose(sparsity, 1 - group[0] / group[1], abs_tol=1e-6):
         raise ValueError(

@@ -8,7 +8,7 @@ from hf_llmkernel.compress.sparsify.least_squares import least_squares
 from hf_llmkernel.compress.sparsify.mask import select_mask
 from hf_llmkernel.compress.sparsify.wanda import wanda_scores
 
-from .conftest import IN, OUT
+from .conftest import IN
 
 
 def solve_rows(layer, mask, dampening):
@@ -77,4 +77,3 @@ def test_arguments_are_left_as_they_were(layer, mask):
     before = [tensor.clone() for tensor in tensors]
     least_squares(*tensors[:3], start=start)
     assert all(torch.equal(tensor, expected) for tensor, expected in zip(tensors, before, strict=True))
-    assert OUT == len(start)

@@ -69,6 +69,10 @@ def test_the_first_of_equal_scores_stay():
     assert select_mask(torch.zeros(1, 8), None, "2:4").tolist() == [[True, True, False, False] * 2]
 
 
+def test_the_kept_weights_of_a_row_are_the_nearest_count():
+    assert [kept_per_row(576, sparsity) for sparsity in (0.5, 0.7, 0.66)] == [288, 173, 196]
+
+
 def test_nothing_and_everything_can_be_kept():
     scores = torch.rand(3, 5, generator=torch.Generator().manual_seed(3))
     assert not keep_highest(scores, 0).any()
@@ -77,12 +81,17 @@ def test_nothing_and_everything_can_be_kept():
 
 def test_scores_in_another_memory_layout_are_read_the_same():
     scores = torch.rand(16, 12, generator=torch.Generator().manual_seed(4))
-    for arguments in ((0.5,), (0.5, "unstructured", "layer"), (None, "2:4")):
-        assert torch.equal(select_mask(scores.T, *arguments), select_mask(scores.T.contiguous(), *arguments))
+    for sparsity, pattern, scope in (
+        (0.5, "unstructured", "row"),
+        (0.5, "unstructured", "layer"),
+        (None, "2:4", "row"),
+    ):
+        expected = select_mask(scores.T.contiguous(), sparsity, pattern, scope)
+        assert torch.equal(select_mask(scores.T, sparsity, pattern, scope), expected)
 
 
 def test_the_share_that_a_pattern_removes():
-    assert check_sparsity(None, "2:4") == 0.5
+    assert check_sparsity(None, "1:4") == 0.75
     assert check_sparsity(0.75, "1:4") == 0.75
     assert check_sparsity(2 / 3, "1:3") == 2 / 3
     assert check_sparsity(0.3, "unstructured") == 0.3
@@ -105,9 +114,10 @@ def test_the_share_that_a_pattern_removes():
     ],
 )
 def test_sparsity_and_pattern_outside_their_range_are_refused(sparsity, pattern, message):
-    for check in (check_sparsity, lambda *arguments: select_mask(torch.ones(2, 8), *arguments)):
-        with pytest.raises(ValueError, match=message):
-            check(sparsity, pattern)
+    with pytest.raises(ValueError, match=message):
+        check_sparsity(sparsity, pattern)
+    with pytest.raises(ValueError, match=message):
+        select_mask(torch.ones(2, 8), sparsity, pattern)
 
 
 def test_other_faults_are_named():
