@@ -1,0 +1,235 @@
+"""Runs that end early and are started again: killed, out of disk, or met by another recipe, source or bad input."""
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hf_llmkernel import cli
+from hf_llmkernel.compress import compress, disk, pipeline, run, sweep
+
+from .conftest import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES_CHANGE = ("replace", "rename", "unlink", "remove", "rmdir", "mkdir")
+STAGES = [
+    {"drop_layers": {"count": 1, "metric": "block_influence"}},
+    {"prune_ffn": {"ratio": 0.25, "align": 8, "method": "flap"}},
+    {"factorize": {"ratio": 0.2, "align": 4, "allocation": "global", "include": ["*_proj"], "exclude": ["k_proj"]}},
+    {"quantize": {"bits": 8, "group_size": 16}},
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Three small layers, of which one is dropped."""
+    folder = tmp_path_factory.mktemp("dense")
+    save_tiny(folder, hidden_size=16, intermediate_size=32)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(text):
+    """Two decisions over all layers, two sweeps with data."""
+    return {"calibration": {"source": str(text), "samples": 6, "length": 32}, "stages": STAGES}
+
+
+@pytest.fixture(scope="module")
+def whole(dense, recipe, tmp_path_factory):
+    """What a run that nothing interrupts writes."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compress(dense, recipe, out, progress=False)
+    return digests(out)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file; the mark of an unfinished folder, which a kill may leave in a finished one, apart."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != pipeline.MARKER)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@contextmanager
+def pictures(out: Path, folder: Path) -> Iterator[dict[str, Path]]:
+    """Copies of what is on the disk before names there change, which is what a kill at that moment leaves.
+
+    `{change: copy}`; of changes that differ by numbers the first and the last one.
+    """
+    taken: dict[str, Path] = {}
+    busy = False
+
+    def watched(name: str, change):
+        def take(path, *arguments, **options):
+            nonlocal busy
+            if not busy:
+                busy = True
+                kind = f"{name} {re.sub(r'[0-9]+', '0', Path(path).name)}"
+                moment = f"first {kind}" if f"first {kind}" not in taken else f"last {kind}"
+                taken[moment] = copy_of(out, folder / moment.replace("/", " "))
+                busy = False
+            return change(path, *arguments, **options)
+
+        return take
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in NAMES_CHANGE:
+            patch.setattr(os, name, watched(name, getattr(os, name)))
+        yield taken
+
+
+def copy_of(out: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in (out, out.with_name("out.part")):
+        if path.exists():
+            shutil.copytree(path, target / path.name)
+    return target
+
+
+def test_wherever_it_is_killed_the_same_call_ends_with_the_same_bytes(tmp_path, dense, recipe, whole):
+    out = tmp_path / "run" / "out"
+    out.parent.mkdir()
+    with pictures(out, tmp_path) as taken:
+        compress(dense, recipe, out, progress=False)
+    assert digests(out) == whole
+    assert len(taken) >= 50
+    for moment, picture in taken.items():
+        if not (picture / "out").exists():  # else it was finished
+            compress(dense, recipe, picture / "out", progress=False)
+        assert digests(picture / "out") == whole, moment
+        assert not (picture / "out.part").exists(), moment
+        shutil.rmtree(picture)
+
+
+KILLED = """
+import os, signal, sys
+from hf_llmkernel import cli
+replace = os.replace
+def kill(source, target, **options):
+    if str(target).endswith(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target, **options)
+os.replace = kill
+cli.main(["compress", *sys.argv[2:]])
+"""
+
+
+def test_a_command_that_was_killed_is_given_again(tmp_path, dense, recipe, whole, capfd):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    arguments = [str(dense), "--recipe", str(file), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-c", KILLED, "sweep-01/layer-00000.json", *arguments]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -9
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.part" / "work" / "sweep-01" / "layer-00000.safetensors").is_file()
+    assert cli.main(["compress", *arguments]) == 0
+    assert digests(tmp_path / "out") == whole
+
+
+class Stopped(Exception):
+    """Ends a run as a fault of the program would: what it has made stays."""
+
+
+def stop(*arguments, **options):
+    raise Stopped
+
+
+def interrupted(monkeypatch, module, name: str, dense, recipe, out, replacement=stop) -> None:
+    """A run that ends when it calls `module.name`."""
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(module, name, replacement)
+        compress(dense, recipe, out, progress=False)
+
+
+def test_what_is_done_is_not_done_again(tmp_path, dense, recipe, whole, monkeypatch):
+    interrupted(monkeypatch, pipeline, "_write_result", dense, recipe, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Sweep, "run", stop)
+        patch.setattr(run.Run, "_decide", stop)
+        result = compress(dense, recipe, tmp_path / "out", progress=False)
+    assert digests(tmp_path / "out") == whole
+    uninterrupted = compress(dense, recipe, tmp_path / "again", progress=False)
+    assert result.stages == uninterrupted.stages and len(result.stages) == len(STAGES)
+    assert result.notes == uninterrupted.notes and result.notes
+    assert result.weight_bytes == uninterrupted.weight_bytes
+
+
+def test_a_changed_recipe_or_source_is_named_and_the_part_stays(tmp_path, dense, recipe, whole, monkeypatch):
+    interrupted(monkeypatch, sweep, "write_json", dense, recipe, tmp_path / "out")
+    before = digests(tmp_path / "out.part")
+    changed = {**recipe, "stages": STAGES[:-1]}
+    message = "out.part: holds an unfinished run of another {}; give the same one to go on, or remove that folder"
+    with pytest.raises(ValueError, match=message.format("recipe")):
+        compress(dense, changed, tmp_path / "out", progress=False)
+    save_tiny(tmp_path / "other", seed=1, hidden_size=16, intermediate_size=32)
+    with pytest.raises(ValueError, match=message.format("source")):
+        compress(tmp_path / "other", recipe, tmp_path / "out", progress=False)
+    assert digests(tmp_path / "out.part") == before
+    compress(dense, recipe, tmp_path / "out", progress=False)
+    assert digests(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(float("nan"), "layers.2.mlp.down_proj.weight: holds NaN"), (3e38, "layers.2: its outputs are not finite")],
+)
+def test_bad_input_in_the_last_layer_leaves_nothing(tmp_path, dense, recipe, value, message):
+    damaged = Path(shutil.copytree(dense, tmp_path / "damaged"))
+    tensors = load_file(damaged / "model.safetensors")
+    tensors["model.layers.2.mlp.down_proj.weight"].fill_(value)
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        compress(damaged, recipe, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_a_full_disk_keeps_what_is_done(tmp_path, dense, recipe, whole, monkeypatch, capfd):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    arguments = ["compress", str(dense), "--recipe", str(file), "--output", str(tmp_path / "out")]
+    save = disk.save_file
+
+    def save_until_full(tensors, path, **options):
+        if path.name == "layer-00001.part":
+            raise SafetensorError(f"Error while serializing: I/O error: No space left on device ({disk.FULL_DISK})")
+        save(tensors, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "save_file", save_until_full)
+        assert cli.main(arguments) == 1
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert re.search("layer-00001.safetensors: No space left on device; free space or choose another", errors[0])
+    assert (tmp_path / "out.part" / "work" / "sweep-00" / "layer-00000.json").is_file()
+    assert cli.main(arguments) == 0
+    assert digests(tmp_path / "out") == whole
+
+
+def test_other_faults_of_the_library_stay_what_they_are(tmp_path):
+    with pytest.raises(SafetensorError):
+        disk.write_tensors(tmp_path / "missing" / "file.safetensors", {"a": torch.zeros(2)})
+
+
+def test_space_is_asked_for_what_is_still_to_be_written(tmp_path, dense, recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pipeline, "check_disk_space", lambda path, needed: asked.append(needed))
+    interrupted(monkeypatch, pipeline, "_write_result", dense, recipe, tmp_path / "out")
+    there = sum(path.stat().st_size for path in (tmp_path / "out.part").rglob("*") if path.is_file())
+    compress(dense, recipe, tmp_path / "out", progress=False)
+    assert there - 10_000 < asked[0] - asked[1] <= there
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 0))
+    with pytest.raises(OSError, match="not enough disk space") as error:
+        compress(dense, recipe, tmp_path / "full", progress=False)
+    assert error.value.errno == errno.ENOSPC
