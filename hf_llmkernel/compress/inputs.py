@@ -9,7 +9,7 @@ import torch
 
 from . import processes
 
-NEEDS = ("moments", "gram")
+NEEDS = ("moments", "gram", "target")
 GRAM_STRIP = 512
 
 
@@ -17,9 +17,10 @@ class InputStatistic:
     """Sums over the tokens of inputs X `[T, I]`.
 
     Args:
-        needs: `"moments"` for sums, squares and magnitudes of each feature; `"gram"` for `XᵀX` too.
+        needs: `"moments"` for sums, squares and magnitudes of each feature; `"gram"` for `XᵀX` too; `"target"` also for
+            `YᵀX`, Y `[T, O]` what the linear should put out (see `reference.py`).
 
-    `count` is T; `gram` is fp32 `[I, I]`; the rest are `[I]`.
+    `count` is T; `gram` is fp32 `[I, I]`, `cross` fp32 `[O, I]`; the rest are `[I]`.
     """
 
     def __init__(self, needs: str = "moments"):
@@ -28,17 +29,25 @@ class InputStatistic:
         self.sums = self.magnitudes = torch.zeros((), dtype=torch.float64)
         self.squares = torch.zeros((), dtype=torch.float64)
         self._gram = torch.zeros(())
+        self.cross = torch.zeros(())
 
-    def add(self, inputs: torch.Tensor) -> None:
-        """Adds a batch `[..., I]`."""
+    def add(self, inputs: torch.Tensor, target: torch.Tensor | None = None) -> None:
+        """Adds a batch `[..., I]`, with its targets `[..., O]` where they are asked for."""
         rows = inputs.flatten(0, -2)  # [T, I]
         self.count += len(rows)
         self.sums = self.sums + rows.sum(0).double()
         self.magnitudes = self.magnitudes + rows.abs().sum(0).double()
-        if self.needs == "gram":
+        if self.has_gram:
             self._add_gram(rows)
         else:
             self.squares = self.squares + rows.square().sum(0).double()
+        if target is not None:
+            self.cross = self.cross + target.flatten(0, -2).T @ rows
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether `XᵀX` is known."""
+        return self.needs != "moments"
 
     def _add_gram(self, rows: torch.Tensor) -> None:
         """The upper triangle, in strips, which saves up to half of the products."""
@@ -58,7 +67,7 @@ class InputStatistic:
     @property
     def norm(self) -> torch.Tensor:
         """Euclidean norm of each feature over all tokens, fp32."""
-        squares = self._gram.diagonal() if self.needs == "gram" else self.squares
+        squares = self._gram.diagonal() if self.has_gram else self.squares
         return squares.clamp(min=0).sqrt().float()
 
     @property
@@ -87,7 +96,7 @@ class InputStatistic:
         One that has seen nothing adds an empty batch `[0, I]` before, so that its sums have their shape.
         """
         self.count = sum(processes.gather(self.count))
-        for tensor in (self.sums, self.magnitudes, self.squares, self._gram):
+        for tensor in (self.sums, self.magnitudes, self.squares, self._gram, self.cross):
             if tensor.dim():
                 processes.add_up(tensor)
 
@@ -98,8 +107,9 @@ class InputStatistic:
         """
         outputs = InputStatistic(self.needs)
         outputs.count, outputs.sums = self.count, weight.double() @ self.sums
-        if self.needs == "gram":
+        if self.has_gram:
             outputs._gram = weight @ self.gram @ weight.T
+            outputs.cross = self.cross @ weight.T if self.cross.dim() else self.cross
             squares = outputs._gram.diagonal().double()
         else:  # features taken as uncorrelated but for their means
             spread = self.variance.double() * max(self.count - 1, 0)
@@ -112,8 +122,9 @@ class InputStatistic:
         """The statistic of some of the features, after the others were removed."""
         kept = InputStatistic(self.needs)
         kept.count, kept.sums, kept.magnitudes = self.count, self.sums[indices], self.magnitudes[indices]
-        if self.needs == "gram":
+        if self.has_gram:
             kept._gram = self.gram[indices][:, indices]
+            kept.cross = self.cross[:, indices] if self.cross.dim() else self.cross
         else:
             kept.squares = self.squares[indices]
         return kept

@@ -30,6 +30,7 @@ from .measure import check_evaluation, measure
 from .plan import plan_stages, stored_sizes
 from .recipe import Recipe
 from .run import Run
+from .search.plot import plot_searches
 
 # What only an unfinished run needs, inside of the unfinished output.
 WORK, RUN_FILE, COMPLETE = "work", "run.json", "complete"
@@ -108,6 +109,7 @@ def compress(
         run = _prepare(source, recipe, tokenizer, work, progress)
         result = run.run()
         weight_bytes = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
+        processes.on_first(lambda: plot_searches(run.outcome(), folder))
         (work / COMPLETE).touch()
         peak = peak_bytes()
         names = [_name(model_or_path), Path(output_dir).name]

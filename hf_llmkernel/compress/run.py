@@ -3,7 +3,8 @@
     stages   prune_ffn  sparsify (owl)  quantize   drop_layers
     phases   [prune_ffn] [sparsify, quantize]      [drop_layers]
 
-A phase begins with every stage that is global, because it must see the whole model as the stages before it left it.
+A phase begins with every stage that is global, because it must see the whole model as the stages before it left it; and
+behind a stage that changes what runs between the blocks, as the width of the residual stream.
 Decisions are written to `plan.json` once they are made.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ..checkpoint.model_folder import ModelFolder
 from ..model.configuration_llm_kernel import LLMKernelConfig
@@ -60,8 +62,9 @@ class Run:
         groups = phases(self.recipe.stages)
         done = processes.on_first(lambda: sum(self._outcome_file(number).is_file() for number in range(len(groups))))
         current = ModelFolder(self._sweep_folder(done - 1)) if done else self.source
+        layers = json.loads(self._outcome_file(done - 1).read_text())["layers"] if done else self._all_layers()
         for number in range(done, len(groups)):
-            current = self._phase(number, groups[number], current)
+            current, layers = self._phase(number, groups[number], current, layers)
         self._outcomes = [json.loads(self._outcome_file(number).read_text()) for number in range(len(groups))]
         return current
 
@@ -73,25 +76,44 @@ class Run:
         """What stages told of single layers."""
         return [note for outcome in self._outcomes for note in outcome["notes"]]
 
-    def _phase(self, number: int, stages: list[Stage], current: ModelFolder) -> ModelFolder:
-        """A decision, a sweep, and the file that says that both are done; then the sweep before it can go."""
+    def _all_layers(self) -> list[int]:
+        return list(range(self.source.config.num_hidden_layers))
+
+    def _phase(
+        self, number: int, stages: list[Stage], current: ModelFolder, layers: list[int]
+    ) -> tuple[ModelFolder, list[int]]:
+        """A decision, a sweep, and the file that says that both are done; then the sweep before it can go.
+
+        `layers` says of each layer of `current` which one of the source it was made of; so does what is returned.
+        """
         decision = self._decide(number, stages[0], current) if stages[0].is_global else None
         kept = stages[0].depth(decision, current.config.num_hidden_layers)
         if len(kept) < current.config.num_hidden_layers:
             current = current.restricted(keep_layers(current.config, kept), kept)
-        targets = None if decision is None else decision.get("targets")
-        steps = [Step(stage, targets if stage is stages[0] else None) for stage in stages]
-        sweep = Sweep(current, steps, self._sweep_folder(number), self.dtype, self.ids, self.progress, self.clock)
+            layers = [layers[index] for index in kept]
+        steps = [self._decided(stages[0], decision), *map(Step, stages[1:])]
+        folder, origin = self._sweep_folder(number), (self.source, layers)
+        sweep = Sweep(current, steps, folder, self.dtype, self.ids, self.progress, self.clock, origin)
         result = sweep.run()
 
         def settle() -> None:
-            outcome = {"stages": reached(steps, current.config, decision), "notes": numbered(sweep.notes())}
+            outcome = {
+                "stages": reached(steps, current.config, decision),
+                "notes": numbered(sweep.notes()),
+                "layers": layers,
+            }
             write_json(self._outcome_file(number), outcome)
             if number > 0:
                 shutil.rmtree(self._sweep_folder(number - 1), ignore_errors=True)
 
         processes.on_first(settle)
-        return result
+        return result, layers
+
+    def _decided(self, stage: Stage, decision: dict[str, Any] | None) -> Step:
+        if decision is None:
+            return Step(stage)
+        file = decision.pop("tensors", None)  # is gone when the run is, so no report names it
+        return Step(stage, decision.get("targets"), None if file is None else load_file(self.work / file))
 
     def _sweep_folder(self, number: int) -> Path:
         return self.work / f"sweep-{number:02d}"
@@ -142,7 +164,7 @@ def phases(stages: tuple[Stage, ...]) -> list[list[Stage]]:
     """The stages in groups that one sweep applies."""
     groups: list[list[Stage]] = []
     for stage in stages:
-        if stage.is_global or not groups:
+        if stage.is_global or not groups or groups[-1][0].alone:
             groups.append([])
         groups[-1].append(stage)
     return groups

@@ -42,6 +42,8 @@ class Stage:
     # A structural stage removes inputs and outputs of several linears: those of other stages wait until it is done.
     structural: ClassVar[bool] = False
     takes_embeddings: ClassVar[bool] = False
+    # A stage that changes what runs between the blocks: the next stage finds another model, in a sweep of its own.
+    alone: ClassVar[bool] = False
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -74,6 +76,16 @@ class Stage:
         return False
 
     @property
+    def sweeps_data(self) -> bool:
+        """Whether it runs while the blocks are changed too, not only for a decision."""
+        return self.needs_data
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether its statistics name targets: the uncompressed model then runs beside the compressed blocks."""
+        return False
+
+    @property
     def solve_products(self) -> float:
         """What a matrix `[O, I]` costs to solve for, in products of O x I x I; for estimates of time."""
         return 0.5
@@ -103,7 +115,7 @@ class Stage:
                 raise ValueError(f"{self.name}: {pattern!r} matches no linear; those of this model are {list(names)}.")
 
     def decide(self, survey: "Survey") -> dict[str, Any]:
-        """What a global stage decides: `{"targets": one a layer, …}`, of types of JSON."""
+        """What a global stage decides, of types of JSON: `{"targets": one a layer, …}`, or tensors: `Survey.keep`."""
         raise TypeError(f"{type(self).__name__} decides nothing")
 
     def depth(self, decision: dict[str, Any] | None, count: int) -> list[int]:
@@ -138,6 +150,15 @@ class Stage:
     def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """The stored tensors `{suffix: tensor}` of an embedding or head `[V, H]`; `None` where it stays as it is."""
         return None
+
+    def change_top(
+        self, tensors: dict[str, torch.Tensor], config: LLMKernelConfig, target: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """All tensors outside of the blocks by their full names, after a decision for the whole model.
+
+        `config` is the model's before it, `target` the tensors that the decision named, see `Survey.keep`.
+        """
+        raise TypeError(f"{type(self).__name__} decides nothing for the whole model")
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The recipe's entry, every setting written out."""

@@ -8,7 +8,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from . import processes
 from .block import Block
-from .disk import write_json
+from .disk import write_json, write_tensors
 from .inputs import InputStatistic
 from .plan import own_layers
 from .walk import Walk, fast_products, load_block
@@ -80,22 +80,27 @@ class Survey:
 
     def influences(self, unit: str) -> list[dict[str, float]]:
         """Block influence of every part of each layer: of `"layer"`, or of `"attention"` and `"mlp"`."""
+        tokens = self.ids.numel() if self.ids is not None else 1
+        return self.follow(lambda block: Influence(tokens))
+
+    def follow(self, watcher: "Callable[[Block], Watcher]") -> list[dict[str, Any]]:
+        """What a layer's watcher finds in hidden states before and after its parts."""
         walk = self.walk()
         for index in tqdm(range(walk.index, len(self.layers)), "surveying", unit="block", disable=not self.progress):
             block = self.block(index)
-            parts: dict[str, float] = {}
-
-            def arrive(part: str, before: torch.Tensor, after: torch.Tensor, parts=parts) -> None:
-                shares = torch.nn.functional.cosine_similarity(before, after, dim=-1)
-                parts[part] = parts.get(part, 0.0) + float((1 - shares).double().sum())
-
-            walk.watch = arrive
+            walk.watch = watch = watcher(block)
             walk.run(block, {}, lambda site, inputs: None, advance=True)
-            tokens = self.ids.numel() if self.ids is not None else 1
-            self.note(index, {part: total / tokens for part, total in processes.summed(parts).items()})
+            self.note(index, watch.found())
             walk.settle()
         walk.close()
         return self._read()
+
+    def keep(self, tensors: dict[str, torch.Tensor]) -> str:
+        """Writes tensors that are a decision for the whole model; returns the file's name, its entry `tensors`."""
+        file = self.folder.with_suffix(".safetensors")
+        if processes.is_first():
+            write_tensors(file, tensors)
+        return file.name
 
     def walk(self) -> Walk:
         """The calibration sequences before the first layer that was not looked at yet."""
@@ -118,6 +123,32 @@ class Survey:
 
     def _read(self) -> list[dict[str, Any]]:
         return [json.loads(self._file(index).read_text()) for index in range(len(self.layers))]
+
+
+class Watcher(Protocol):
+    """Looks at hidden states in one layer."""
+
+    def __call__(self, part: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Takes a batch `[n, T, H]` before and after a part, see `Walk.watch`."""
+
+    def found(self) -> dict[str, Any]:
+        """What all processes' batches told, of types of JSON."""
+        ...
+
+
+class Influence:
+    """Block influence of every part, over `tokens` (Men et al. 2024, ShortGPT, arXiv 2403.03853)."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+        self.parts: dict[str, float] = {}
+
+    def __call__(self, part: str, before: torch.Tensor, after: torch.Tensor) -> None:
+        shares = torch.nn.functional.cosine_similarity(before, after, dim=-1)
+        self.parts[part] = self.parts.get(part, 0.0) + float((1 - shares).double().sum())
+
+    def found(self) -> dict[str, float]:
+        return {part: total / self.tokens for part, total in processes.summed(self.parts).items()}
 
 
 def embedder(load_embedding: Callable[[], nn.Module], ids: torch.Tensor) -> Callable[[int, int], torch.Tensor]:

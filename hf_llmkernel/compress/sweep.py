@@ -30,6 +30,7 @@ from .block import SITES, Block
 from .disk import write_json, write_tensors
 from .inputs import NEEDS, InputStatistic
 from .plan import LAYER_FIELDS, merge_layers, own_layers
+from .reference import Reference
 from .stage import Stage
 from .survey import embedder
 from .walk import Visit, Walk, load_block
@@ -39,12 +40,18 @@ TOP_FILE = "top.safetensors"
 
 @dataclass(frozen=True)
 class Step:
-    """A stage of a phase and its decision: `targets` has one entry a layer, `None` where it decided nothing."""
+    """A stage of a phase and its decision: `targets` has one entry a layer, `None` where it decided nothing.
+
+    `tensors` are a decision for the whole model: the target of every layer, and of what is outside of the layers.
+    """
 
     stage: Stage
     targets: list[Any] | None = None
+    tensors: dict[str, torch.Tensor] | None = None
 
     def target(self, index: int) -> Any:
+        if self.tensors is not None:
+            return self.tensors
         return None if self.targets is None else self.targets[index]
 
     def within(self, index: int) -> "list[Step]":
@@ -82,6 +89,7 @@ class Sweep:
         ids: calibration tokens `[S, T]`, or `None`.
         progress: whether to draw a bar.
         clock: takes the seconds.
+        origin: the uncompressed checkpoint, and of each layer of `source` the one of it that it was made of.
     """
 
     def __init__(
@@ -93,14 +101,16 @@ class Sweep:
         ids: torch.Tensor | None,
         progress: bool,
         clock: Clock,
+        origin: tuple[ModelFolder, list[int]],
     ):
         self.source = source
         self.steps = steps
         self.folder = folder
         self.dtype = dtype
-        self.ids = ids if any(step.stage.needs_data for step in steps) else None
+        self.ids = ids if any(step.stage.sweeps_data for step in steps) else None
         self.progress = progress
         self.clock = clock
+        self.origin = origin
         self.count = source.config.num_hidden_layers
 
     @torch.no_grad()
@@ -127,16 +137,24 @@ class Sweep:
 
     def _write_top(self) -> None:
         tensors = {}
-        for name in self.source.others:
+        for name, tensor in self._top().items():
             module, _, suffix = name.rpartition(".")
             leaf = module.rpartition(".")[2]
-            if leaf == "lm_head" and self.source.config.tie_word_embeddings:
-                continue
-            stored = {suffix: self.source.reader.tensor(name)}
+            stored = {suffix: tensor}
             if leaf in ("embed_tokens", "lm_head") and suffix == "weight":
                 stored = self._apply_top(leaf, stored)
             tensors |= {f"{module}.{key}": stored_as(key, tensor, self.dtype) for key, tensor in stored.items()}
         write_tensors(self.folder / TOP_FILE, tensors)
+
+    def _top(self) -> dict[str, torch.Tensor]:
+        """All tensors outside of the blocks, as decisions for the whole model change them."""
+        tied = self.source.config.tie_word_embeddings
+        names = [name for name in self.source.others if not (tied and name.startswith("lm_head."))]
+        tensors = {name: self.source.reader.tensor(name) for name in names}
+        for step in self.steps:
+            if step.tensors is not None:
+                tensors = step.stage.change_top(tensors, self.source.config, step.tensors)
+        return tensors
 
     def _apply_top(self, leaf: str, stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for step in self.steps:
@@ -161,16 +179,33 @@ class Sweep:
             walk = Walk(self.source.config, self.folder, *self.ids.shape)
             walk.take_up(done, embedder(self._embedding, self.ids))
             done = walk.index
+        reference = self._reference(walk)
         with tqdm(total=self.count, initial=done, desc="compressing", unit="block", disable=not self.progress) as bar:
             for index in range(done, self.count):
                 block = self.clock.time("read", lambda index=index: self._read_block(index))
+                if reference is not None:
+                    self.clock.time("reference", lambda block=block: reference.compute(block))
                 self._change(block, walk, bar)
                 self.clock.time("write", lambda block=block: self._write_block(block))
-                if walk is not None:
-                    walk.settle()
+                for passed in (walk, reference):
+                    if passed is not None:
+                        passed.settle()
                 bar.update()
-        if walk is not None:
-            walk.close()
+        for passed in (walk, reference):
+            if passed is not None:
+                passed.close()
+
+    def _reference(self, walk: Walk | None) -> Reference | None:
+        """The uncompressed model's walk beside this one, where a stage asks for targets."""
+        if walk is None or self.ids is None or not any(step.stage.needs_reference for step in self.steps):
+            return None
+        source, layers = self.origin
+        if source.config.hidden_size != self.source.config.hidden_size:
+            raise ValueError("refit: hidden states have another width than the source's; refit before prune_hidden.")
+        reference = Reference(source, layers, self.folder / "reference", *self.ids.shape)
+        reference.take_up(walk.index, embedder(source.embedding, self.ids))
+        walk.target = reference.target
+        return reference
 
     def _read_block(self, index: int) -> Block:
         return load_block(self.source, index)

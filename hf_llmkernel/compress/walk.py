@@ -50,6 +50,8 @@ class Walk:
         self.statistic_seconds = 0.0
         # Called with "attention", "mlp" or "layer" and a batch of hidden states before and after it.
         self.watch: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
+        # What hidden states should be after a sublayer: `(sublayer, begin, end)` to those of some samples.
+        self.target: Callable[[str, int, int], torch.Tensor] | None = None
         self._share = processes.share(samples)
         self._shape = (len(self._share), length)
         self._width = config.hidden_size
@@ -79,7 +81,7 @@ class Walk:
 
         All processes have come so far then: wherever they are stopped, there is a block whose outputs each still has.
         """
-        processes.wait()
+        pass
         for path in self.folder.glob("states-*"):
             if path != self.states.path:
                 path.unlink()
@@ -137,9 +139,9 @@ class Walk:
         self._sum_over_processes(statistic, self._width)
         return statistic
 
-    def _add(self, statistic: InputStatistic, inputs: torch.Tensor) -> None:
+    def _add(self, statistic: InputStatistic, inputs: torch.Tensor, target: torch.Tensor | None = None) -> None:
         started = time.monotonic()
-        statistic.add(inputs)
+        statistic.add(inputs, target)
         self.statistic_seconds += time.monotonic() - started
 
     def _sum_over_processes(self, statistic: InputStatistic, width: int) -> None:
@@ -155,9 +157,11 @@ class Walk:
         statistic = None if needs is None else InputStatistic(needs)
         kept = None
         for begin, end in states.batches(self._batch_size):
-            inputs = self._capture(module, sublayer, leaf, block.index, states.read(begin, end).to(self.device))
+            hidden = states.read(begin, end).to(self.device)
+            inputs = self._capture(module, sublayer, leaf, block.index, hidden)
             if statistic is not None:
-                self._add(statistic, inputs)
+                target = self.target(sublayer, begin, end) - hidden if self.target and needs == "target" else None
+                self._add(statistic, inputs, target)
             if keep:
                 kept = kept or States(self.folder / f"{sublayer}-inputs", *self._shape, inputs.shape[-1])
                 kept.write(begin, inputs)

@@ -57,8 +57,8 @@ def _extended(front: Front, losses: Sequence[float], costs: Sequence[float]) -> 
     """Every mix with every choice of one more item, in no order."""
     chosen = torch.arange(len(losses)).repeat(len(front.costs))
     return Front(
-        (front.costs[:, None] + torch.tensor(costs).double()).flatten(),
-        (front.losses[:, None] + torch.tensor(losses).double()).flatten(),
+        (front.costs[:, None] + torch.tensor(costs, dtype=torch.float64)).flatten(),
+        (front.losses[:, None] + torch.tensor(losses, dtype=torch.float64)).flatten(),
         torch.cat([front.choices.repeat_interleave(len(losses), dim=0), chosen[:, None]], dim=1),
     )
 

@@ -49,6 +49,7 @@ UNCHANGED = "unchanged"
 Choice = tuple[Stage, ...]
 
 
+@torch.no_grad()
 def loss_table(
     survey: "Survey", layers: Sequence[int], choices: Sequence[Choice], tokens: int
 ) -> list[dict[str, Any]]:
