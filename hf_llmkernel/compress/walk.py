@@ -81,7 +81,7 @@ class Walk:
 
         All processes have come so far then: wherever they are stopped, there is a block whose outputs each still has.
         """
-        pass
+        processes.wait()
         for path in self.folder.glob("states-*"):
             if path != self.states.path:
                 path.unlink()
