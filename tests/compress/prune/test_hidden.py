@@ -195,8 +195,14 @@ def test_the_plan_counts_the_head_of_its_own(tiny, text):
         ([prune("pca", layers=[0, 1])], "include, exclude, layers and embeddings: hidden_size is one for"),
         ([prune("pca", align=64)], "prune_hidden: hidden_size: ratio=0.25: of 32 leaves 24"),
         ([prune("svd")], r"method='svd': must be one of \['pca', 'minitron'\]"),
-        ([{"quantize": {"bits": 8}}, prune("pca")], "prune_hidden: q_proj is stored as .*prune before sparsify and quan"),
-        ([{"factorize": {"ratio": 0.1, "align": 1, "include": ["gate_proj"]}}, prune("pca", ratio=0.5)], "rank 19, above"),
+        (
+            [{"quantize": {"bits": 8}}, prune("pca")],
+            "prune_hidden: q_proj is stored as .*prune before sparsify and quan",
+        ),
+        (
+            [{"factorize": {"ratio": 0.1, "align": 1, "include": ["gate_proj"]}}, prune("pca", ratio=0.5)],
+            "rank 19, above",
+        ),
     ],
 )
 def test_what_cannot_be_stops_before_any_work(tmp_path, tiny, text, stages, message):

@@ -32,7 +32,9 @@ def cases():
 def test_a_stream_in_the_span_gives_the_same_outputs(kind):
     basis, span = cases()[kind]
     generator = torch.Generator().manual_seed(1)
-    inner, gain, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(5, K), (H,), (K,)])
+    inner, gain, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(5, K), (H,), (K,)]
+    )
     reads, writes = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in [(7, H), (K, 7)])
     hidden, writes, bias = 0.2 * inner @ span.T, span @ writes, span @ bias
     after = hidden + norm(hidden, gain) @ reads.T @ writes.T + bias
