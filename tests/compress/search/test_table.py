@@ -1,5 +1,6 @@
 """The loss table against each choice made in one layer of a whole model."""
 
+import copy
 import json
 
 import pytest
@@ -45,11 +46,12 @@ def survey_of(folder, work) -> Survey:
 
 @torch.no_grad()
 def reference(folder) -> torch.Tensor:
-    """Nats of every token `[layer, choice, S, T - 1]`: the choice's weights, as dense ones, in one layer of the model."""
+    """Nats of every token `[layer, choice, S, T - 1]`: the choice's weights, as dense ones, in one layer."""
+    dense = LLMKernelForCausalLM.from_pretrained(folder).eval()
     nats = []
     for index in range(3):
         for choice in CHOICES:
-            model = LLMKernelForCausalLM.from_pretrained(folder).eval()
+            model = copy.deepcopy(dense)
             change(model, index, choice)
             logits = model(IDS).logits[:, :-1]
             nats.append(F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none"))
@@ -57,7 +59,7 @@ def reference(folder) -> torch.Tensor:
 
 
 def change(model, index: int, choice) -> None:
-    """Wanda or magnitude masks by row, weak neurons to zero, and rounding, written out."""
+    """Wanda or magnitude masks by row, weak neurons left out, and rounding, written out."""
     layer = model.model.layers[index]
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
     inputs: dict[str, torch.Tensor] = {}
@@ -80,8 +82,10 @@ def change(model, index: int, choice) -> None:
                 scale = scale.half().float()
                 weight.copy_((torch.where(scale == 0, 0, (groups / scale).round()) * scale).flatten(1) * kept)
             elif name == "mlp.down_proj":
-                scores = inputs[name].norm(dim=0) * weight.norm(dim=0)
-                weight[:, scores.argsort()[:16]] = 0
+                keep = (inputs[name].norm(dim=0) * weight.norm(dim=0)).argsort()[16:].sort().values
+                module.weight = torch.nn.Parameter(weight[:, keep])
+                for leaf in ("gate_proj", "up_proj"):
+                    linears[f"mlp.{leaf}"].weight = torch.nn.Parameter(linears[f"mlp.{leaf}"].weight[keep])
 
 
 def test_losses_are_those_of_the_whole_model(folder, tmp_path):
