@@ -78,6 +78,13 @@ def test_a_given_mask_is_kept_and_its_best_weights_are_found(layer):
     assert layer.loss(found.weight) < 0.75 * layer.loss(sparsegpt(layer.weight, layer.gram, mask=mask).weight)
 
 
+@pytest.mark.parametrize(("steps", "polish"), [(8, 0), (0, 4), (8, 4)])
+def test_dampening_draws_every_part_towards_the_weight(layer, steps, polish):
+    mask = select_mask(wanda_scores(layer.weight, layer.gram.diagonal().sqrt()), 0.5)
+    found = admm(layer.weight, layer.gram, mask, dampening=1000.0, steps=steps, polish=polish)
+    torch.testing.assert_close(found.weight, layer.weight * mask, rtol=0, atol=0.05)
+
+
 def test_every_part_lowers_the_loss(layer):
     losses = [
         layer.loss(admm(layer.weight, layer.gram, sparsity=0.5, steps=steps, polish=polish).weight)

@@ -34,6 +34,28 @@ def test_every_row_is_its_own_least_squares_solution(layer, mask, dampening):
     np.testing.assert_allclose(found.numpy(), solve_rows(layer, mask, dampening), rtol=0, atol=2e-3)
 
 
+def textbook_steps(weight, hessian, kept, count):
+    """Preconditioned conjugate gradient for one row and its kept columns, in fp64."""
+    system, solution = hessian[np.ix_(kept, kept)], weight[kept].copy()
+    residual = hessian[kept] @ weight - system @ solution
+    direction = scaled = residual / np.diag(system)
+    for _ in range(count):
+        length = (residual @ scaled) / (direction @ system @ direction)
+        solution, after = solution + length * direction, residual - length * system @ direction
+        scaled_after = after / np.diag(system)
+        direction = scaled_after + (after @ scaled_after) / (residual @ scaled) * direction
+        residual, scaled = after, scaled_after
+    return solution
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_steps_are_those_of_preconditioned_conjugate_gradient(layer, mask, count):
+    found = least_squares(layer.weight, layer.gram, mask, 0.02, count, 0.0)
+    for row, kept in enumerate(mask.numpy()):
+        expected = textbook_steps(layer.weight[row].double().numpy(), layer.damped_hessian(0.02), kept, count)
+        np.testing.assert_allclose(found[row, kept].numpy(), expected, rtol=0, atol=1e-4)
+
+
 def test_the_default_steps_come_within_a_percent_of_the_best_loss(layer, mask):
     best = layer.loss(torch.from_numpy(solve_rows(layer, mask, 0.01)))
     assert layer.loss(layer.weight * mask) > 1.5 * best
