@@ -30,7 +30,7 @@ METHODS = {
     "SparseGPT + least squares": {"method": "sparsegpt", "update": "least_squares"},
     "SparseGPT + ADMM": {"method": "sparsegpt", "update": "admm"},
 }
-RECIPES: dict[str, list[dict[str, Any]]] = {
+RECIPES: dict[str, list[Any]] = {
     **{
         f"{amount}, {name}": [{"sparsify": {**pattern, **method}}]
         for amount, pattern in SPARSE.items()
@@ -50,6 +50,10 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "3 layers, block influence": [{"drop_layers": {"count": 3, "metric": "block_influence"}}],
     "3 layers, perplexity": [{"drop_layers": {"count": 3, "metric": "perplexity"}}],
     "6 sublayers, perplexity": [{"drop_layers": {"count": 6, "unit": "sublayer"}}],
+    "3 layers, block influence, refit": [{"drop_layers": {"count": 3, "metric": "block_influence"}}, "refit"],
+    "3 layers, perplexity, refit": [{"drop_layers": {"count": 3, "metric": "perplexity"}}, "refit"],
+    "50 %, ADMM, refit": ["refit", {"sparsify": {"sparsity": 0.5}}],
+    "2:4, ADMM, refit": ["refit", {"sparsify": {"pattern": "2:4"}}],
     "rank -20 %, SVD": [{"factorize": {"ratio": 0.2, "method": "svd"}}],
     "rank -20 %, SVD-LLM": [{"factorize": {"ratio": 0.2}}],
     "rank -20 %, SVD-LLM, global": [{"factorize": {"ratio": 0.2, "allocation": "global"}}],
@@ -78,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_recipe(arguments: argparse.Namespace, stages: list[dict[str, Any]]) -> dict[str, Any]:
+def run_recipe(arguments: argparse.Namespace, stages: list[Any]) -> dict[str, Any]:
     """Compresses in a child process; returns what it says, its seconds and peak memory, and the second text's ratio."""
     calibration = {"source": arguments.text, "samples": arguments.samples, "length": arguments.length, "seed": SEED}
     with tempfile.TemporaryDirectory() as scratch:
