@@ -247,6 +247,8 @@ def _read_choice(number: int, choice: Any) -> Choice:
     for stage in stages:
         if stage.is_global:
             raise ValueError(f"{where}: {stage.name} decides over all layers at once; make it a stage of its own.")
+        if stage.needs_reference:
+            raise ValueError(f"{where}: {stage.name} compares with the uncompressed model; add it behind search.")
         if stage.layers is not None:
             raise ValueError(f"{where}: {stage.name}: layers={list(stage.layers)}; set the layers of search instead.")
         if stage.embeddings:

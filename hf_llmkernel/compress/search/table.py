@@ -82,9 +82,8 @@ class LossTable:
         self.survey = survey
         self.layers = list(layers)
         self.choices = choices
-        first = processes.share(len(survey.ids)).start
-        taken = len(processes.share(searched_samples(survey.ids, tokens)))
-        self.ids = survey.ids[first : first + taken]  # [S, T], the first ones of this process's walk
+        # [S, T], the first ones of this process's walk
+        self.ids = processes.own(survey.ids[: searched_samples(survey.ids, tokens)])
         self.groups = self._groups(self.ids.numel() * survey.config.hidden_size * 4)
 
     def _groups(self, fork_bytes: int) -> list[list[int]]:

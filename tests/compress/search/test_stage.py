@@ -182,6 +182,7 @@ def test_budget_out_of_reach_names_the_least(tmp_path, tiny, text):
         ({"bytes": 0.5, "choices": [[], [{"sparse": {}}]]}, r"choices\[1\]: .*unknown stage 'sparse'; the known ones"),
         ({"bytes": 0.5, "choices": [[], [{"quantize": {"bit": 8}}]]}, r"\[1\]: quantize: unknown keys \['bit'\]"),
         ({"bytes": 0.5, "choices": [[], [{"drop_layers": {"count": 1}}]]}, "drop_layers decides over all layers"),
+        ({"bytes": 0.5, "choices": [[], [PRUNE, {"refit": {}}]]}, "refit compares with the uncompressed model; add it"),
         ({"bytes": 0.5, "choices": [[], [{"quantize": {"bits": 8, "layers": [0, 1]}}]]}, "set the layers of search"),
         ({"bytes": 0.5, "choices": [[], [{"quantize": {"bits": 8, "embeddings": True}}]]}, "embeddings=true; add a"),
     ],
