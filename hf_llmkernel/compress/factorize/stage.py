@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..survey import Survey
 
 METHODS = ("svd_llm", "svd")
+ALLOCATIONS = ("uniform", "global")
 
 
 @register("factorize")
@@ -52,7 +53,7 @@ class Factorize(MatrixStage):
                 raise ValueError(f"{name}={value!r}: must be above 0 and below 1.")
         if type(self.align) is not int or self.align < 1:
             raise ValueError(f"align={self.align!r}: must be an integer of at least 1; 16 suits matrix kernels.")
-        for name, legal in (("method", METHODS), ("allocation", ("uniform", "global"))):
+        for name, legal in (("method", METHODS), ("allocation", ALLOCATIONS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {list(legal)}.")
         if self.allocation == "global" and self.ratio is None:

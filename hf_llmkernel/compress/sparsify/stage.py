@@ -65,14 +65,14 @@ METHODS = {
 }
 
 
-def _least_squares(weight: torch.Tensor, gram: torch.Tensor, mask: torch.Tensor) -> Reconstruction:
-    return Reconstruction(least_squares(weight, gram, mask), mask, 0.0)
+def _least_squares(task: Task, mask: torch.Tensor) -> Reconstruction:
+    return Reconstruction(least_squares(task.weight, task.inputs.gram, mask), mask, 0.0)
 
 
-UPDATES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Reconstruction]] = {
-    "none": lambda weight, gram, mask: Reconstruction(weight * mask, mask, 0.0),
-    "sparsegpt": lambda weight, gram, mask: sparsegpt(weight, gram, mask=mask),
-    "admm": lambda weight, gram, mask: admm(weight, gram, mask=mask),
+UPDATES: dict[str, Callable[[Task, torch.Tensor], Reconstruction]] = {
+    "none": lambda t, mask: Reconstruction(t.weight * mask, mask, 0.0),
+    "sparsegpt": lambda t, mask: sparsegpt(t.weight, t.inputs.gram, mask=mask),
+    "admm": lambda t, mask: admm(t.weight, t.inputs.gram, mask=mask),
     "least_squares": _least_squares,
 }
 ALLOCATIONS = ("uniform", "owl")
@@ -189,7 +189,7 @@ class Sparsify(MatrixStage):
         task = Task(weight, inputs or InputStatistic(), sparsity, self.pattern, self.scope or method.scope)
         made = method.sparsify(task)
         if self.update is not None:
-            made = UPDATES[self.update](weight, task.inputs.gram, made.mask)
+            made = UPDATES[self.update](task, made.mask)
         self._note(block, name, weight, made, inputs)
         rows, columns = weight.shape
         block.store(name, made.weight, self.form(rows, columns, sparsity), mask=made.mask)
