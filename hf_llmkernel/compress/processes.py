@@ -45,8 +45,16 @@ def is_first() -> bool:
 
 
 def share(count: int) -> range:
-    """Which of `count` samples are this process's; of shares that differ by one at most, and may be empty."""
-    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+    """Which of `count` samples are this process's: none, where there are fewer than processes.
+
+    They take turns, so that the first few of all samples are the first ones of each process.
+    """
+    return range(rank(), count, world_size())
+
+
+def own(samples: torch.Tensor) -> torch.Tensor:
+    """Of samples `[S, …]` those of this process."""
+    return samples[rank() :: world_size()]
 
 
 def own_folder(folder: Path) -> Path:

@@ -25,7 +25,7 @@ class States:
     def read(self, begin: int, end: int) -> torch.Tensor:
         """Samples `begin` to `end` (left out): `[end - begin, T, D]`, a copy."""
         batch = torch.empty(end - begin, self.length, self.width)
-        view = batch.numpy().data.cast("B")
+        view = batch.numpy().reshape(-1).view("uint8").data
         done = 0
         while done < len(view):
             count = os.preadv(self._handle, [view[done:]], begin * self._sample_bytes + done)
@@ -36,7 +36,7 @@ class States:
 
     def write(self, begin: int, values: torch.Tensor) -> None:
         """Puts samples `[n, T, D]` from `begin` on."""
-        view = values.detach().cpu().float().contiguous().numpy().data.cast("B")
+        view = values.detach().cpu().float().contiguous().numpy().reshape(-1).view("uint8").data
         done = 0
         while done < len(view):
             done += os.pwrite(self._handle, view[done:], begin * self._sample_bytes + done)

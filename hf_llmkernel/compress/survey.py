@@ -152,11 +152,12 @@ class Influence:
 
 
 def embedder(load_embedding: Callable[[], nn.Module], ids: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
-    """What starts a walk: the embedded tokens of some samples, fp32 `[n, T, H]`."""
+    """What starts a walk: the embedded tokens of some samples of this process, fp32 `[n, T, H]`."""
     load = functools.cache(load_embedding)  # on first use: a walk that is taken up needs none
+    mine = processes.own(ids)
 
     def embed(begin: int, end: int) -> torch.Tensor:
         with fast_products():
-            return load()(ids[begin:end]).float()
+            return load()(mine[begin:end]).float()
 
     return embed

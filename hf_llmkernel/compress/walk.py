@@ -52,8 +52,7 @@ class Walk:
         self.watch: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         # What hidden states should be after a sublayer: `(sublayer, begin, end)` to those of some samples.
         self.target: Callable[[str, int, int], torch.Tensor] | None = None
-        self._share = processes.share(samples)
-        self._shape = (len(self._share), length)
+        self._shape = (len(processes.share(samples)), length)
         self._width = config.hidden_size
         self.device = accelerator()
         self._positions = Positions(config, length, self.device)
@@ -62,16 +61,15 @@ class Walk:
     def take_up(self, done: int, embed: Callable[[int, int], torch.Tensor]) -> None:
         """Goes on after `done` blocks, or after the last one whose outputs all processes have; else from the first.
 
-        `embed(begin, end)` gives the states of some samples, counted over all processes, that enter the first block.
+        `embed(begin, end)` gives the states of some samples of this process that enter the first block.
         """
         there = {index for index in range(done + 1) if self._path(index).is_file()}
         common = set.intersection(*processes.gather(there))
         self.index = max(common, default=0)
         if not common:
-            first = self._share.start
             with States(self.folder / "starting", *self._shape, self._width) as states:
                 for begin, end in states.batches(self._batch_size):
-                    states.write(begin, embed(first + begin, first + end))
+                    states.write(begin, embed(begin, end))
                 states.rename(self._path(0))
         self._states = States(self._path(self.index), *self._shape, self._width)
         self.settle()
@@ -145,8 +143,9 @@ class Walk:
         self.statistic_seconds += time.monotonic() - started
 
     def _sum_over_processes(self, statistic: InputStatistic, width: int) -> None:
-        if not self._share:
-            self._add(statistic, torch.empty(0, width, device=self.device))
+        if not self._shape[0]:
+            target = torch.empty(0, self._width, device=self.device) if statistic.needs == "target" else None
+            self._add(statistic, torch.empty(0, width, device=self.device), target)
         statistic.all_reduce()
 
     def _exit_inputs(

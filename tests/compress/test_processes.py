@@ -24,6 +24,10 @@ RECIPES = {
     "global_ffn": [GLOBAL, {"quantize": {"bits": 8, "group_size": 16}}],
     "influence": [{"drop_layers": {"count": 1, "metric": "block_influence"}}],
     "perplexity": [{"drop_layers": {"count": 2, "metric": "perplexity", "unit": "sublayer"}}],
+    "refit": [{"drop_layers": {"count": 1, "metric": "block_influence"}}, {"refit": {}}],
+    "sparse": [{"sparsify": {"sparsity": 0.5, "method": "wanda"}}],
+    "hidden": [{"prune_hidden": {"ratio": 0.25, "align": 8}}],
+    "search": [{"search": {"choices": [[], [FFN]], "parameters": 0.9, "tokens": 96}}],
     "without_data": [{"quantize": {"bits": 8, "group_size": 16}}],
 }
 
@@ -49,22 +53,25 @@ def recipe_for(text, stages, samples: int) -> dict:
 
 
 def assert_same(folder, expected) -> None:
-    """Equal configurations; tensors, and of a low rank the products of its factors, within 1e-5 of their size."""
+    """Equal configurations; tensors within 1e-5 of their size, of a low rank the products of its factors.
+
+    These within 5e-5: to cut a spectrum turns rounding into more, one process with another batch size is 2e-5 off.
+    """
     assert (folder / "config.json").read_text() == (expected / "config.json").read_text()
-    ours, theirs = (products(load_file(path / "model.safetensors")) for path in (folder, expected))
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, expected))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
-        error = (tensor.double() - theirs[name].double()).norm() / theirs[name].double().norm()
-        assert error < 1e-5, (name, error)
-        if not tensor.is_floating_point():
+        if name.endswith(".a.weight"):
+            second = name.replace(".a.", ".b.")
+            assert distance(ours[second] @ tensor, theirs[second] @ theirs[name]) < 5e-5, name
+        elif not tensor.is_floating_point():
             assert torch.equal(tensor, theirs[name]), name
+        elif not name.endswith(".b.weight"):
+            assert distance(tensor, theirs[name]) < 1e-5, name
 
 
-def products(tensors):
-    """Factors are unique up to rotations of nearly equal components only."""
-    low = {name.removesuffix(".a.weight") for name in tensors if name.endswith(".a.weight")}
-    whole = {name: tensors[f"{name}.b.weight"] @ tensors[f"{name}.a.weight"] for name in low}
-    return whole | {name: tensor for name, tensor in tensors.items() if not name.endswith((".a.weight", ".b.weight"))}
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
 @pytest.mark.parametrize(("count", "samples"), [(2, 13), (3, 2)])
@@ -135,7 +142,8 @@ def load_bytes(folder) -> bytes:
 
 def test_bad_input_ends_all_processes_with_the_same_error(tmp_path, tiny, text):
     def work() -> None:
-        for settings, message in (({"samples": 1000}, "need 48000 tokens"), ({"length": 500}, "max_position_embeddings")):
+        faults = (({"samples": 1000}, "need 48000 tokens"), ({"length": 500}, "max_position_embeddings"))
+        for settings, message in faults:
             recipe = recipe_for(text, [FFN], 4)
             with pytest.raises(ValueError, match=message):
                 compress(tiny, {**recipe, "calibration": {**recipe["calibration"], **settings}}, tmp_path / "out")
@@ -155,7 +163,7 @@ def test_activations_that_overflow_in_one_share_end_all(tmp_path):
         walk = Walk(config, tmp_path, 2, 4)
         values = torch.ones(2, 4, 16)
         values[1] = float("nan")
-        walk.take_up(0, lambda begin, end: values[begin:end])
+        walk.take_up(0, lambda begin, end: processes.own(values)[begin:end])
         with pytest.raises(ValueError, match="model.layers.0: its outputs are not finite"):
             walk.run(block, {}, lambda site, inputs: None, advance=True)
 
@@ -196,9 +204,11 @@ def test_what_processes_say_to_each_other(tmp_path):
             processes.on_first(fail)
         assert raised.value.errno == 28
         for count in range(8):
+            assert processes.own(torch.arange(count)).tolist() == list(processes.share(count))
             shares = processes.gather(processes.share(count))
-            assert [index for share in shares for index in share] == list(range(count))
+            assert sorted(index for share in shares for index in share) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert {index for share in shares for index in share[:1]} == set(range(min(count, 3)))
 
     run_processes(3, work)
 

@@ -62,8 +62,8 @@ def losses_without(survey: "Survey", dropped: list[Part], tried: list[Part]) -> 
     """Mean loss in nats of the calibration text without `dropped` and one more part, for each of `tried`."""
     assert survey.ids is not None
     searched = survey.ids[: max(SEARCH_TOKENS // survey.ids.shape[1], 1)]
-    mine = processes.share(len(searched))
-    totals = summed_losses(survey, searched[mine.start : mine.stop], dropped, tried) if mine else {}
+    ids = processes.own(searched)
+    totals = summed_losses(survey, ids, dropped, tried) if len(ids) else {}
     tokens = searched.numel() - len(searched)
     return {part: total / tokens for part, total in processes.summed(totals).items()}
 
