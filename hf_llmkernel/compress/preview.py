@@ -6,14 +6,12 @@ Everything comes from the configuration, but for the speed of this machine's pro
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..checkpoint.model_folder import ModelFolder
-from ..convert.incoming import read_config_fields
-from ..convert.source import locate_source
-from ..evaluate.layout import shape_config
+from ..convert.incoming import converted_config
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .block import SITES, matrix_names, matrix_shape
 from .pipeline import family_folder, needed_disk_bytes
@@ -58,7 +56,7 @@ def preview(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path) -> 
     """Checks a recipe against a model and says what it would do; nothing is written.
 
     Args:
-        model: folder or Hub id of this family or of one that `convert_checkpoint` knows.
+        model: folder, `.gguf` file or Hub id of this family or of one that `convert_checkpoint` knows.
         recipe: as `compress` takes it.
 
     Raises:
@@ -99,13 +97,8 @@ def _shapes(model: str | Path, recipe: Recipe) -> tuple[LLMKernelConfig, torch.d
         folder = ModelFolder(own)
         config, dtype, has_head = folder.config, folder.dtype, folder.has_head
     else:
-        found = locate_source(model)
-        if found.gguf is not None:
-            raise ValueError(f"model={model}: convert a GGUF file first, its plan is that of the converted folder.")
-        config = shape_config(read_config_fields(found.folder / "config.json"))
-        if config is None:
-            raise ValueError(f"model={model}: is of a family that cannot be converted; see `llmkernel convert --help`.")
-        dtype, has_head = torch.float32, True
+        config, has_head = converted_config(model)
+        dtype = cast(torch.dtype, config.dtype)
     return config, getattr(torch, recipe.dtype) if recipe.dtype else dtype, has_head
 
 

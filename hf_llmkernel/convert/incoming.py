@@ -117,6 +117,16 @@ def convert_checkpoint(
     )
 
 
+def converted_config(source: str | Path) -> tuple[LLMKernelConfig, bool]:
+    """The configuration that `convert_checkpoint` would write, its dtype decided, and whether of a causal model.
+
+    Raises:
+        ValueError: what `convert_checkpoint` would refuse before it writes.
+    """
+    config = _prepare(source, head=None, dtype=None, gguf_file=None, revision=None, untie=False).config
+    return config, (config.architectures or [""])[0].endswith(HEADS["causal-lm"].suffix)
+
+
 @dataclass(frozen=True)
 class _Job:
     """A source that has been read and found sound, and what becomes of it; nothing is written yet."""

@@ -21,6 +21,8 @@ from .mask import select_mask
 from .reconstruction import Reconstruction
 from .sparsegpt import compensate, without_dead_inputs
 
+DAMPENING = 0.1
+
 
 def admm(
     weight: torch.Tensor,
@@ -29,7 +31,7 @@ def admm(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     scope: str = "layer",
-    dampening: float = 0.1,
+    dampening: float = DAMPENING,
     rho: float = 1.0,
     steps: int = 8,
     polish: int = 4,

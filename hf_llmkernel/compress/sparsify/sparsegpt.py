@@ -12,6 +12,8 @@ from ..solve import damped_inverse_cholesky
 from .mask import check_sparsity, keep_highest, keep_highest_of_group, kept_of_group, kept_per_row
 from .reconstruction import Reconstruction
 
+DAMPENING = 0.01
+
 
 def sparsegpt(
     weight: torch.Tensor,
@@ -20,7 +22,7 @@ def sparsegpt(
     pattern: str = "unstructured",
     mask: torch.Tensor | None = None,
     block_size: int = 128,
-    dampening: float = 0.01,
+    dampening: float = DAMPENING,
 ) -> Reconstruction:
     """Algorithm 1 of the paper: mask and weights in one pass, or the weights alone on a given mask.
 

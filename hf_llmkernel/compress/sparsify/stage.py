@@ -17,12 +17,14 @@ from ..block import Block, matrix_form, matrix_names, matrix_shape, set_form
 from ..inputs import InputStatistic
 from ..registry import register
 from ..stage import MatrixStage, matrix_inputs, refuse_form
+from .admm import DAMPENING as ADMM_DAMPENING
 from .admm import admm
 from .allocation import outlier_share, owl_sparsities
 from .least_squares import least_squares
 from .magnitude import magnitude_scores
 from .mask import SCOPES, check_sparsity, kept_per_row, select_mask
 from .reconstruction import Reconstruction, reconstruction_loss
+from .sparsegpt import DAMPENING as SPARSEGPT_DAMPENING
 from .sparsegpt import sparsegpt
 from .wanda import wanda_scores
 
@@ -76,6 +78,7 @@ UPDATES: dict[str, Callable[[Task, torch.Tensor], Reconstruction]] = {
     "least_squares": _least_squares,
 }
 ALLOCATIONS = ("uniform", "owl")
+ASKED_DAMPENING = {"sparsegpt": SPARSEGPT_DAMPENING, "admm": ADMM_DAMPENING}
 
 
 @register("sparsify")
@@ -199,4 +202,6 @@ class Sparsify(MatrixStage):
     ) -> None:
         if inputs is not None and self._needs == "gram":
             loss = reconstruction_loss(weight, made.weight, inputs.gram)
-            block.note(stage=self.name, matrix=name, loss=loss, dampening=made.dampening)
+            asked = ASKED_DAMPENING.get(self.update or self.method, 0.0)
+            raised = {"dampening": made.dampening} if made.dampening > asked else {}
+            block.note(stage=self.name, matrix=name, loss=loss, **raised)
