@@ -1,5 +1,6 @@
 """Several processes, as `torchrun` starts them, against one."""
 
+import json
 import os
 
 import pytest
@@ -74,16 +75,32 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
 
 
+def assert_close(ours, theirs) -> None:
+    """Equal JSON but for floats, which are decisions' scores."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        ours, theirs = [*ours.values()], [theirs[key] for key in ours]
+    if isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for one, other in zip(ours, theirs, strict=True):
+            assert_close(one, other)
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-4, abs=1e-5) if isinstance(theirs, float) else theirs)
+
+
 @pytest.mark.parametrize(("count", "samples"), [(2, 13), (3, 2)])
 def test_several_processes_end_with_the_result_of_one(tmp_path, tiny, text, count, samples):
     def work() -> None:
         for name, stages in RECIPES.items():
             result = compress(tiny, recipe_for(text, stages, samples), tmp_path / f"shared-{name}", progress=False)
-            assert (tmp_path / f"shared-{name}").is_dir() and result.weight_bytes > 0
+            assert (tmp_path / f"shared-{name}").is_dir()
+            (tmp_path / f"{name}-{processes.rank()}.json").write_text(json.dumps(result.stages))
 
     run_processes(count, work)
     for name, stages in RECIPES.items():
-        compress(tiny, recipe_for(text, stages, samples), tmp_path / name, progress=False)
+        result = compress(tiny, recipe_for(text, stages, samples), tmp_path / name, progress=False)
+        for rank in range(count):
+            assert_close(json.loads((tmp_path / f"{name}-{rank}.json").read_text()), result.stages)
         assert_same(tmp_path / f"shared-{name}", tmp_path / name)
         assert not (tmp_path / f"shared-{name}.part").exists()
         names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in (name, f"shared-{name}")]
@@ -101,13 +118,16 @@ def test_the_first_process_measures_and_all_have_the_report(tmp_path, tiny, text
     run_processes(2, work)
 
 
-@pytest.mark.parametrize("lost", ["nothing", "newest states of one", "all states of one"])
-def test_an_interrupted_run_goes_on(tmp_path, tiny, text, lost):
+@pytest.mark.parametrize(
+    ("lost", "again"),
+    [("nothing", ["2"]), ("newest states of one", ["1", "2"]), ("all states of one", ["0", "1", "2"])],
+)
+def test_an_interrupted_run_goes_on(tmp_path, tiny, text, lost, again):
     recipe, log = recipe_for(text, [FFN], 5), tmp_path / "log"
 
     def work(out, last: int) -> None:
-        """A run that is killed when it has changed block `last` and before it has written it."""
-        load, write = sweep.load_block, sweep.write_tensors
+        """A run that is killed when it has written block `last`, and still has the states before it."""
+        load, write = sweep.load_block, sweep.write_json
 
         def load_block(source, index):
             if processes.is_first():
@@ -115,12 +135,12 @@ def test_an_interrupted_run_goes_on(tmp_path, tiny, text, lost):
                     file.write(f"{index} ")
             return load(source, index)
 
-        def write_tensors(path, tensors):
-            if path.name == f"layer-{last:05d}.safetensors":
+        def write_json(path, content):
+            write(path, content)
+            if path.name == f"layer-{last:05d}.json":
                 os._exit(1)
-            write(path, tensors)
 
-        sweep.load_block, sweep.write_tensors = load_block, write_tensors
+        sweep.load_block, sweep.write_json = load_block, write_json
         compress(tiny, recipe, out, progress=False)
 
     run_processes(2, work, tmp_path / "whole", -1)
@@ -132,7 +152,7 @@ def test_an_interrupted_run_goes_on(tmp_path, tiny, text, lost):
     for path in {"nothing": [], "newest states of one": states[1:], "all states of one": states}[lost]:
         path.unlink()
     run_processes(2, work, tmp_path / "out", -1)
-    assert log.read_text().split() == ["0", "1", *(["0", "1", "2"] if lost == "all states of one" else ["1", "2"])]
+    assert log.read_text().split() == ["0", "1", *again]
     assert load_bytes(tmp_path / "out") == load_bytes(tmp_path / "whole")
 
 
