@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.evaluate import perplexity, quality
+from hf_llmkernel.evaluate.quality import streamed_perplexity
+
+from .conftest import FORMS, SHAPE
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +126,47 @@ def test_bad_windows(llama, windows):
         perplexity(llama, windows[:, 0], progress=False)
     with pytest.raises(ValueError, match="batch_size=0"):
         perplexity(llama, windows, batch_size=0, progress=False)
+
+
+STREAMED = {
+    "dense_untied": {"tie_word_embeddings": False},
+    "dense_tied": {"tie_word_embeddings": True},
+    "packed": {"linear_forms": FORMS, "embed_tokens_form": {"bits": 8, "group_size": 16}},
+    "packed_tied": {
+        "linear_forms": FORMS,
+        "embed_tokens_form": {"bits": 8, "group_size": 16},
+        "tie_word_embeddings": True,
+    },
+    "low_rank": {"linear_forms": {"q_proj": {"rank": 4}, "up_proj": {"rank": 8, "a": {"bits": 8}}}, "qk_norm": True},
+    "low_rank_head": {"lm_head_form": {"rank": 8}, "attention_bias": True, "mlp_bias": True},
+    "sliding": {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "skipped": {"per_layer_config": {0: {"skip": ["attention"]}, 1: {"intermediate_size": 48}, 2: {"skip": ["mlp"]}}},
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_by_block_is_the_same(name, dtype, windows, tmp_path):
+    torch.manual_seed(0)
+    config = LLMKernelConfig(**{**SHAPE, **STREAMED[name]}, head_dim=8, initializer_range=0.2)
+    LLMKernelForCausalLM(config).to(dtype).save_pretrained(tmp_path / "model")
+    whole = perplexity(LLMKernelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32), windows, 1, False)
+    streamed = streamed_perplexity(tmp_path / "model", windows, progress=False)
+    assert streamed.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    assert streamed.window_nlls == pytest.approx(whole.window_nlls, rel=1e-6)
+    assert streamed.standard_error == pytest.approx(whole.standard_error, rel=1e-4)
+    counts = ("tokens", "windows", "context")
+    assert [getattr(streamed, name) for name in counts] == [getattr(whole, name) for name in counts] == [200, 5, 40]
+
+
+def test_block_by_block_names_logits_that_are_not_finite_and_a_missing_head(windows, tmp_path):
+    torch.manual_seed(0)
+    model = LLMKernelForCausalLM(LLMKernelConfig(**SHAPE, head_dim=8))
+    model.model.save_pretrained(tmp_path / "body")
+    with pytest.raises(ValueError, match="body: has no language-model head"):
+        streamed_perplexity(tmp_path / "body", windows, progress=False)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(3e38)
+    model.save_pretrained(tmp_path / "overflows")
+    with pytest.raises(ValueError, match="the logits of window 0 are not finite; check the weights"):
+        streamed_perplexity(tmp_path / "overflows", windows, progress=False)
