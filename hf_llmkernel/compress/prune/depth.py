@@ -28,12 +28,12 @@ class DropLayers(Stage):
     Args:
         count: how many.
         metric: `"block_influence"`, or `"perplexity"`: one at a time, each time the one without which the calibration
-            text is predicted best.
+            text is predicted best, which takes longer and is better only where no `refit` follows.
         unit: `"layer"`, or `"sublayer"` for single attentions and feed-forwards.
     """
 
     count: int
-    metric: str = "perplexity"
+    metric: str = "block_influence"
     unit: str = "layer"
 
     def __post_init__(self):
