@@ -110,8 +110,10 @@ def estimate_seconds(config: LLMKernelConfig, recipe: Recipe, surveys: int) -> f
     runs = surveys + sum(any(stage.needs_data for stage in group) for group in phases(recipe.stages))
     statistics = sum(_gram_products(stage, layer) for stage in recipe.stages for layer in layers)
     solves = sum(_solve_products(stage, layer) for stage in recipe.stages for layer in layers)
+    searches = sum(stage.search_work(config)[0] for stage in recipe.stages)
     fast, exact = product_rate(fast=True), product_rate(fast=False)
-    return 2 * (1.6 * runs * tokens * values / fast + 0.7 * tokens * statistics / exact + solves / exact)
+    forwards = 1.6 * runs * tokens * values + 1.3 * searches
+    return 2 * (forwards / fast + 0.7 * tokens * statistics / exact + solves / exact)
 
 
 def _gram_products(stage: Stage, layer: LLMKernelConfig) -> int:
@@ -144,7 +146,7 @@ def product_rate(fast: bool) -> float:
 
 
 def estimate_memory(config: LLMKernelConfig, recipe: Recipe) -> int:
-    """Bytes at the peak: the libraries, and the embedding or a block with its activations and largest solve."""
+    """Bytes at the peak: the libraries, a search, and the embedding or a block with activations and largest solve."""
     embedding = 2 * config.vocab_size * config.hidden_size * 4
     blocks = []
     for layer in own_layers(config):
@@ -154,4 +156,5 @@ def estimate_memory(config: LLMKernelConfig, recipe: Recipe) -> int:
         widest = max(columns for _, columns in shapes.values()) if any("gram" in needs for needs in grams) else 0
         wide = max(max(shape) for shape in shapes.values())
         blocks.append(4 * (2 * values + SUMS_OF_GRAM * widest**2 + 6 * BATCH_TOKENS * wide))
-    return LIBRARY_BYTES + max(embedding, *blocks)
+    searched = max(stage.search_work(config)[1] for stage in recipe.stages)
+    return LIBRARY_BYTES + searched + max(embedding, *blocks)

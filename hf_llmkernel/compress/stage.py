@@ -90,6 +90,10 @@ class Stage:
         """What a matrix `[O, I]` costs to solve for, in products of O x I x I; for estimates of time."""
         return 0.5
 
+    def search_work(self, config: LLMKernelConfig) -> tuple[int, int]:
+        """Products that its decision takes beside a walk over the calibration text, and bytes; for estimates."""
+        return 0, 0
+
     @property
     def is_global(self) -> bool:
         """Whether `decide` must look at all layers before one is changed."""

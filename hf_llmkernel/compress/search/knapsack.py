@@ -41,11 +41,11 @@ def knapsack_front(
     """The front of all mixes.
 
     Exact where no more than `points` partial mixes stay at a time. Otherwise, for every budget, at least as good as the
-    best mix within that budget less N steps, a step being the dearest mix's cost less the cheapest's, over `points`.
+    best mix within that budget less N steps; `points - 1` steps are the dearest mix's cost less the cheapest's.
 
     Args:
         losses, costs: of every choice of every item, `[N, C]`; any real numbers. C may differ between items.
-        points: most partial mixes kept.
+        points: most partial mixes kept, at least 2.
     """
     front = Front(torch.zeros(1).double(), torch.zeros(1).double(), torch.zeros(1, 0).long())
     for item_losses, item_costs in zip(losses, costs, strict=True):
@@ -73,14 +73,13 @@ def _undominated(front: Front) -> Front:
 
 
 def _thinned(front: Front, points: int) -> Front:
-    """Of every step of cost the mix of least loss, and the cheapest of all."""
+    """The cheapest mix, and of every step of cost the one of least loss."""
     if len(front.costs) <= points:
         return front
-    step = (front.costs[-1] - front.costs[0]) / points
-    steps = ((front.costs - front.costs[0]) / step).floor()
+    step = (front.costs[-1] - front.costs[0]) / (points - 1)
+    steps = ((front.costs - front.costs[0]) / step).ceil()  # the cheapest alone in the first
     last = torch.ones(len(steps), dtype=torch.bool)
     last[:-1] = steps[1:] != steps[:-1]
-    last[0] = True
     return _taken(front, last)
 
 

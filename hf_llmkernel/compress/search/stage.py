@@ -8,6 +8,7 @@ Reading order: settings -> their checks -> the decision -> the plan -> names.
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,7 @@ from ..registry import register, stage_from_dict
 from ..stage import Stage
 from .costs import UNITS, layer_costs
 from .knapsack import Front, knapsack_front
-from .table import Choice, choice_needs, loss_table, searched_samples
+from .table import FORK_BYTES, Choice, choice_needs, loss_table, searched_samples
 
 if TYPE_CHECKING:
     from ..survey import Survey
@@ -92,6 +93,13 @@ class Search(Stage):
     def solve_products(self) -> float:
         each = [sum(stage.solve_products for stage in choice) for choice in self.choices]
         return sum(each) + max(each)  # all of them to measure, one to make
+
+    def search_work(self, config: LLMKernelConfig) -> tuple[int, int]:
+        values = [sum(map(math.prod, layer.linear_shapes().values())) for layer in config.per_layer_config]
+        covered, tried = [*filter(self.covers, range(len(values)))], sum(map(bool, self.choices))
+        forked = tried * self.tokens
+        through = sum(sum(values[index:]) for index in covered) + len(covered) * config.vocab_size * config.hidden_size
+        return forked * through, min(forked * len(covered) * config.hidden_size * 4, FORK_BYTES)
 
     def needs(self, layer: LLMKernelConfig) -> dict[str, str]:
         return choice_needs(self.choices, layer)
@@ -219,7 +227,6 @@ class Search(Stage):
 def front_points(front: Front) -> list[dict[str, float]]:
     """Cost and loss of the best mixes at budgets from the cheapest mix to the dearest, in even steps."""
     budgets = torch.linspace(front.costs[0].item(), front.costs[-1].item(), FRONT_BUDGETS, dtype=torch.float64)
-    budgets[-1] = front.costs[-1]
     points = sorted({cast(int, front.within(budget)) for budget in budgets.tolist()})
     return [{"cost": front.costs[point].item(), "loss": front.losses[point].item()} for point in points]
 

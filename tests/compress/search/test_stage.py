@@ -123,8 +123,15 @@ def test_latency_is_timed_once_a_kind_and_kept(tmp_path, tiny, text, monkeypatch
         asked.append(len(layers))
         return [3.0 if layer.linear_form("q_proj").is_dense else 1.0 for layer in layers]
 
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
     monkeypatch.setitem(costing.UNITS, "latency", milliseconds)
-    result = compress(tiny, recipe(text, latency=5.5, choices=[[], [SPARSE]]), tmp_path / "out", progress=False)
+    given = recipe(text, latency=5.5, choices=[[], [SPARSE]])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(searching, "loss_table", interrupt)
+        compress(tiny, given, tmp_path / "out", progress=False)
+    result = compress(tiny, given, tmp_path / "out", progress=False)
     decision = result.stages[0]["decision"]
     assert asked == [2]
     assert decision["present"] == 9 and sorted(decision["targets"]) == [0, 1, 1] and decision["cost"] == 5
@@ -151,6 +158,18 @@ def test_preview_plans_the_nearest_choice(tiny, text):
     assert planned(bytes=0.78) == NAMES[1]
     assert planned(bytes=0.53) == planned(bytes=round(0.53 * 3 * 37120)) == planned(latency=0.53) == NAMES[2]
     assert planned(latency=20) == NAMES[0]
+    # 8-bit integers take a quarter of fp32, but half of bf16.
+    assert planned(bytes=0.7, choices=[[], [INT8]]) == NAMES[0]
+    assert planned(bytes=0.7, choices=[[], [INT8]], dtype="bfloat16") != NAMES[0]
+
+
+def test_work_of_the_forks_is_counted(tiny, text):
+    config = LLMKernelConfig.from_pretrained(tiny)
+    stage = recipe(text, bytes=0.5, layers=[1, 3], choices=[[], [SPARSE], [INT8]], tokens=100).stages[0]
+    products = 0
+    for first in (1, 2):  # of either choice's states: the layers from its own on, and the head
+        products += 2 * sum(100 * 9216 for _ in range(first, 3)) + 2 * 100 * 96 * 32
+    assert stage.search_work(config) == (products, 4 * 100 * 32 * 4)
 
 
 def test_budget_out_of_reach_names_the_least(tmp_path, tiny, text):

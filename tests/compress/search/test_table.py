@@ -158,3 +158,6 @@ def test_needs_are_the_most_that_a_choice_wants(folder):
         "attention_input": "gram", "attention_output": "moments", "mlp_input": "moments", "mlp_output": "moments"
     }  # fmt: skip
     assert choice_needs(stages()[:1], layer) == {}
+    first_factor = {"sparsify": {"sparsity": 0.5, "method": "wanda", "include": ["q_proj.a"]}}
+    low_rank = {"factorize": {"ratio": 0.3, "align": 1, "method": "svd"}}
+    assert choice_needs(stages([], [low_rank, first_factor]), layer) == {"attention_input": "moments"}
