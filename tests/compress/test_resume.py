@@ -165,6 +165,22 @@ def test_what_is_done_is_not_done_again(tmp_path, dense, recipe, whole, monkeypa
     assert result.weight_bytes == uninterrupted.weight_bytes
 
 
+def test_work_that_is_half_removed_is_not_taken_up(tmp_path, dense, recipe, whole, monkeypatch):
+    remove = shutil.rmtree
+
+    def remove_in_another_order(path, **options):
+        if not (Path(path) / pipeline.COMPLETE).exists():  # another folder, or the remains of an earlier run
+            return remove(path, **options)
+        for sweep_folder in path.glob("sweep-*"):
+            remove(sweep_folder)
+        raise Stopped
+
+    interrupted(monkeypatch, pipeline.shutil, "rmtree", dense, recipe, tmp_path / "out", remove_in_another_order)
+    assert (tmp_path / "out.part" / "work" / "plan.json").is_file()
+    compress(dense, recipe, tmp_path / "out", progress=False)
+    assert digests(tmp_path / "out") == whole
+
+
 def test_a_changed_recipe_or_source_is_named_and_the_part_stays(tmp_path, dense, recipe, whole, monkeypatch):
     interrupted(monkeypatch, sweep, "write_json", dense, recipe, tmp_path / "out")
     before = digests(tmp_path / "out.part")
