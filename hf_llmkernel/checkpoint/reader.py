@@ -129,6 +129,9 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 
 
 def _missing_weights(folder: Path) -> str:
+    for path in (folder / SINGLE_FILE, folder / INDEX_FILE):
+        if path.is_symlink() or path.exists():
+            return f"{path}: is no file, or a link to one that is gone; fetch this file again."
     if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
         return (
             f"{folder}: has {pickles[0]} and no {SINGLE_FILE}, and a pickle can run code; convert to safetensors "

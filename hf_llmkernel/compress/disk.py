@@ -17,7 +17,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """A safetensors file that is there whole or not at all. Raises `OSError` where the disk is full."""
     part = path.with_suffix(".part")
     try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part, metadata={"format": "pt"})
+        here = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(here, part, metadata={"format": "pt"})
     except SafetensorError as error:  # the library's name for whatever happens, which would pass for bad input
         if FULL_DISK in str(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None

@@ -97,13 +97,15 @@ def find_family(model_type: Any, where: str) -> Family:
     """The family of a `model_type`. Raises `ValueError` listing the known ones."""
     if model_type == LLMKernelConfig.model_type:
         raise ValueError(f"{where}: is of this family already; use it as it is, or export it.")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type={model_type!r} is not supported; the known ones are {list(FAMILIES)}.")
     return FAMILIES[model_type]
 
 
 def one_line(error: BaseException) -> str:
-    """An error's text without line breaks; a missing key's without quotes."""
+    """An error's text without line breaks; a missing key's without quotes, a validator's without its wrapping."""
+    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split())
 
@@ -115,6 +117,9 @@ def parse_stock_config(fields: dict[str, Any], where: str) -> PreTrainedConfig:
         ValueError: an unknown family, a quantized checkpoint, or fields that neither the class nor ours understands.
     """
     family = find_family(fields.get("model_type"), where)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if isinstance(fields.get(name), int) and fields[name] < 1:
+            raise ValueError(f"{where}: {name}={fields[name]} must be at least 1; correct this field.")
     if fields.get("quantization_config") is not None:
         method = (fields["quantization_config"] or {}).get("quant_method", "unknown")
         raise ValueError(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..registration import MODEL_TYPE
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +43,11 @@ def generate(
         raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
     network, tokenizer = load(model, dtype)
     inputs = encode_prompt(tokenizer, prompt, chat)
+    if (highest := int(inputs["input_ids"].max())) >= network.config.vocab_size:
+        raise ValueError(
+            f"vocab_size={network.config.vocab_size}: the tokenizer made token {highest}, which the model does not "
+            "have; use the model's own tokenizer."
+        )
     sampling = {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else GREEDY
     tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=max_new_tokens, **sampling)
     return {
@@ -76,12 +83,22 @@ def load(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, PreTrainedT
         raise ValueError(f"model={model}: no such folder; check the path, or give a Hub id.")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_weights(Path(model))
     # The model first: a folder that holds nothing fails with a message about the model.
     network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     try:
         return network, AutoTokenizer.from_pretrained(model)
     except ValueError as error:
         raise ValueError(f"model={model}: has no readable tokenizer ({error}); put its files there.") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Raises `ValueError`, naming file or tensor, where a folder of this family is damaged or contradicts itself."""
+    from ..evaluate import inspect
+    from ..evaluate.source import read_config
+
+    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
+        inspect(folder)
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool | None) -> "dict[str, torch.Tensor]":

@@ -49,6 +49,17 @@ INIT_SCHEMES = (
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 SUBLAYERS = ("attention", "mlp")
+# What a layer can have of its own; all else is one for the whole model.
+LAYER_FIELDS = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "linear_forms",
+    "skip",
+)
 
 # Everything a folder needs to load where this package is not installed.
 PAYLOAD_FILES = ("configuration_llm_kernel.py", "linear_llm_kernel.py", "modeling_llm_kernel.py")
@@ -321,8 +332,10 @@ class LLMKernelConfig(PreTrainedConfig):
     skip: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        if self.num_attention_heads < 1:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads}: must be at least 1.")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1; correct it.")
+        self._check_overrides(kwargs.get("per_layer_config") or {})
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -341,6 +354,17 @@ class LLMKernelConfig(PreTrainedConfig):
             self.dtype = torch.get_default_dtype()
         # Of the instance, for the plan of a low-rank linear differs from a dense one's.
         self.base_model_tp_plan = self._tensor_parallel_plan()
+
+    def _check_overrides(self, per_layer_config: dict) -> None:
+        for layer_idx, overrides in per_layer_config.items():
+            if unknown := sorted(set(overrides) - set(LAYER_FIELDS)):
+                raise ValueError(
+                    f"per_layer_config[{layer_idx}]: {unknown[0]!r} is not a layer's own; those that are: "
+                    f"{list(LAYER_FIELDS)}."
+                )
+        if self.skip and per_layer_config:
+            # transformers' view of a layer knows no default for `skip`, so it would silently count for nothing.
+            raise ValueError(f"skip={self.skip!r}: is read in per_layer_config alone where there is one; set it there.")
 
     def validate_architecture(self):
         """Part of `@strict`: every layer's shapes and forms are legal. Raises `ValueError` naming layer and value."""

@@ -384,9 +384,12 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         if not compressed or nothing_loaded:  # the latter is a fresh model from an empty state dict
             return
         prefixes = tuple(f"{name}." for name in compressed)
-        body = "" if self.base_model is self else f"{self.base_model_prefix}."  # a new task head stays legal
-        stray = [key for key in loading_info.unexpected_keys if key.startswith(prefixes)]
-        lost = [key for key in missing if key.startswith((body, *prefixes))]
+        body = "" if self.base_model is self else f"{self.base_model_prefix}."
+        # A task head may be new, but not that of the very class which was saved.
+        whole = "" if type(self).__name__ in (self.config.architectures or ()) else body
+        layers = (f"{self.base_model_prefix}.layers.", "layers.")  # as the file of one class or another names them
+        stray = [key for key in loading_info.unexpected_keys if key.startswith((*layers, *prefixes))]
+        lost = [key for key in missing if key.startswith((whole, *prefixes))]
         # A dense tensor of another shape is the library's to refuse, or to make anew if `ignore_mismatched_sizes`.
         lost += [key for key in mismatched if key.startswith(prefixes)]
         # The library reports shapes that differ without their names; here they are named below.

@@ -6,16 +6,15 @@ MODEL is a folder that `llmkernel convert` wrote. Each budget is what a uniform 
 choices lose does not depend on the budget: the search for the first one measures it, and the mixes for the others are
 found from its table and made by a recipe that names each layer's sparsity. All models are measured on the same windows
 of documents withheld from calibration, and of a second text; standard errors are those of the mean difference window by
-window. Models that are in the output already are kept.
+window. What is in the output already is kept, and a model that was interrupted goes on, in a folder beside the output.
 """
 
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ def main() -> None:
     arguments = parse_arguments()
     models = json.loads(arguments.output.read_text())["models"] if arguments.output.is_file() else {}
     names = [f"{kind} {budget}" for budget in BUDGETS for kind in ("searched", "uniform")]
-    for name in ("dense", *names):
+    for name in (*names, "dense"):
         if name not in models:
             models[name] = measure(arguments, name, models)
             write(arguments, models)
@@ -66,17 +65,21 @@ def measure(arguments: argparse.Namespace, name: str, models: dict[str, Any]) ->
     kind, budget = name.split()
     calibration = {"source": arguments.text, "samples": arguments.samples, "length": arguments.length, "seed": SEED}
     stages = stages_of(arguments, kind, float(budget), models)
-    with tempfile.TemporaryDirectory() as scratch:
-        output = Path(scratch) / "model"
-        started = time.monotonic()
-        result = compress(arguments.model, {"calibration": calibration, "stages": stages}, output)
-        return {
-            "seconds": round(time.monotonic() - started, 1),
-            "seconds_by": result.seconds_by,
-            "weight_bytes": result.weight_bytes,
-            "decision": result.stages[0].get("decision"),
-            "nlls": window_nlls(arguments, output),
-        }
+    output = arguments.output.with_name(f"{arguments.output.stem}-{kind}-{budget}")
+    if output.exists():  # whole, but not measured
+        shutil.rmtree(output)
+    result = compress(arguments.model, {"calibration": calibration, "stages": stages}, output)
+    made = {
+        "seconds": result.seconds,
+        "seconds_by": result.seconds_by,
+        "weight_bytes": result.weight_bytes,
+        "decision": result.stages[0].get("decision"),
+        "nlls": window_nlls(arguments, output),
+    }
+    if made["decision"] is not None:
+        shutil.copy(output / "front.png", arguments.output.with_suffix(".png"))
+    shutil.rmtree(output)
+    return made
 
 
 def stages_of(
@@ -121,8 +124,10 @@ def comparisons(models: dict[str, Any]) -> list[dict[str, Any]]:
     """Searched against uniform at each budget and on each text: perplexities, and their ratio with its interval."""
     found = []
     for budget in BUDGETS:
+        if not {f"searched {budget}", f"uniform {budget}"} <= models.keys():
+            continue
         searched, uniform = (models[f"{kind} {budget}"] for kind in ("searched", "uniform"))
-        for text in models["dense"]["nlls"]:
+        for text in searched["nlls"]:
             differences = [a - b for a, b in zip(searched["nlls"][text], uniform["nlls"][text], strict=True)]
             mean, error = statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
             found.append(
@@ -131,8 +136,7 @@ def comparisons(models: dict[str, Any]) -> list[dict[str, Any]]:
                     "text": text,
                     "weight_bytes": {"searched": searched["weight_bytes"], "uniform": uniform["weight_bytes"]},
                     "perplexity": {
-                        name: perplexities(model)[text]
-                        for name, model in (("dense", models["dense"]), ("searched", searched), ("uniform", uniform))
+                        name: perplexities(model)[text] for name, model in (("searched", searched), ("uniform", uniform))
                     },
                     "difference_nats": mean,
                     "difference_standard_error": error,
@@ -148,7 +152,6 @@ def comparisons(models: dict[str, Any]) -> list[dict[str, Any]]:
 def write(arguments: argparse.Namespace, models: dict[str, Any]) -> None:
     texts = {"calibration": arguments.text, "evaluation": [arguments.text, arguments.second_text]}
     sizes = {name: getattr(arguments, name) for name in ("samples", "length", "search_tokens", "context", "tokens")}
-    complete = all(f"{kind} {budget}" in models for budget in BUDGETS for kind in ("searched", "uniform"))
     content = {
         "model": arguments.model.name,
         "texts": texts,
@@ -157,7 +160,7 @@ def write(arguments: argparse.Namespace, models: dict[str, Any]) -> None:
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(Path(__file__).parent),
-        "comparisons": comparisons(models) if complete else [],
+        "comparisons": comparisons(models),
         "models": models,
     }
     arguments.output.write_text(json.dumps(content, indent=2) + "\n")

@@ -148,6 +148,13 @@ def test_pickles_are_not_read(tmp_path, name):
         CheckpointReader(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_link_to_a_file_that_is_gone(tmp_path, name):
+    (tmp_path / name).symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=rf"/{name}: is no file, or a link to one that is gone; fetch"):
+        CheckpointReader(tmp_path)
+
+
 def test_a_folder_that_is_not_there():
     with pytest.raises(ValueError, match="no/such: has neither"):
         CheckpointReader(Path("no/such"))

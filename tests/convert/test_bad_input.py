@@ -167,9 +167,20 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         r"partial_rotary_factor=0\.5 is not supported",
     ),
     "heads that do not divide": (lambda f: edit_config(f, num_attention_heads=5), r"config\.json: .*attention heads? "),
-    "no heads": (lambda f: edit_config(f, num_attention_heads=0), r"config\.json: "),
+    "no heads": (
+        lambda f: edit_config(f, num_attention_heads=0),
+        r"config\.json: num_attention_heads=0 must be at least",
+    ),
+    "fewer than no layers": (
+        lambda f: edit_config(f, num_hidden_layers=-1),
+        r"config\.json: num_hidden_layers=-1 must be at least 1",
+    ),
+    "a family that is no name": (lambda f: edit_config(f, model_type=["llama"]), r"model_type=\['llama'\] is not supp"),
     "a field of the wrong type": (lambda f: edit_config(f, hidden_size="wide"), r"config\.json: .*hidden_size"),
-    "unknown activation": (lambda f: edit_config(f, hidden_act="gelu_of_mine"), r"hidden_act='gelu_of_mine' is not"),
+    "unknown activation": (
+        lambda f: edit_config(f, hidden_act="gelu_of_mine"),
+        r"config\.json: hidden_act='gelu_of_mine' is not",
+    ),
     "layer types that its class ignores": (
         lambda f: edit_config(f, layer_types=["sliding_attention"] * 3),
         r"layer_types has 'sliding_attention', which the Llama classes ignore",

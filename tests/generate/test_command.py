@@ -1,10 +1,12 @@
 """`generate` gives what the model's own greedy decoding gives, and streams it."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_llmkernel import cli
 from hf_llmkernel.generate.command import generate, render_generate
@@ -77,3 +79,26 @@ def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="use --no-chat"):
         generate(str(tmp_path), "w1", chat=True)
+
+
+def test_a_damaged_or_foreign_folder_is_told_by_name(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_checkpoint, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "intermediate_size": 96}))
+    assert_fails(folder, r"layers\.0\.mlp\.\w+_proj\.weight: is \[\d+, \d+\] in the weights and .* by config\.json")
+    (folder / "config.json").write_text(json.dumps(fields))
+    os.truncate(folder / "model.safetensors", 2000)
+    assert_fails(folder, r"model/model\.safetensors: .*; fetch this file again")
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tiny_checkpoint, tmp_path):
+    config = AutoConfig.from_pretrained(tiny_checkpoint, vocab_size=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    assert_fails(tmp_path, "vocab_size=8: the tokenizer made token 63, which the model does not have", prompt="w59")
+
+
+def assert_fails(folder, message, prompt="w1"):
+    with pytest.raises(ValueError, match=message):
+        generate(str(folder), prompt, chat=False)

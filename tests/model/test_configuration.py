@@ -111,6 +111,13 @@ def test_two_of_four_bf16_takes_at_most_057_of_its_dense_bytes():
         ),
         ({"per_layer_config": {2: {"intermediate_size": 0}}}, "layer 2: intermediate_size=0"),
         ({"per_layer_config": {1: {"skip": ["norm"]}}}, "layer 1: skip=['norm']"),
+        ({"per_layer_config": {1: {"hidden_size": 32}}}, "per_layer_config[1]: 'hidden_size' is not a layer's own"),
+        ({"per_layer_config": {1: {"mlp_gated": False}}}, "per_layer_config[1]: 'mlp_gated' is not a layer's own"),
+        ({"per_layer_config": {"1": {"width": 32}}}, "per_layer_config[1]: 'width' is not a layer's own"),
+        # transformers' view of a layer would take the global one for nothing.
+        ({"per_layer_config": {1: {"intermediate_size": 32}}, "skip": ["mlp"]}, "skip=['mlp']: is read in per_layer_c"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be at least 1"),
+        ({"hidden_size": -64}, "hidden_size=-64: must be at least 1"),
         ({"skip": ["attention"]}, "no layer attends"),
         ({"embed_tokens_form": {"rank": 65}}, "embed_tokens_form"),
         ({"lm_head_form": {"bits": 8}, "tie_word_embeddings": True}, "lm_head_form"),

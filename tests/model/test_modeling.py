@@ -294,6 +294,29 @@ def test_a_compressed_checkpoint_never_loads_with_a_tensor_missing(saved, key):
         LLMKernelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "fields", "key"),
+    [
+        (LLMKernelForCausalLM, {}, "lm_head.weight"),
+        (LLMKernelForSequenceClassification, {"num_labels": 3}, "score.weight"),
+    ],
+)
+def test_the_head_that_was_saved_never_loads_at_random(tmp_path, model_class, fields, key):
+    model_class(build(linear_forms=MIXED, **fields).config).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop(key))
+    with pytest.raises(ValueError, match=f"{key}: missing"):
+        model_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [LLMKernelForCausalLM, LLMKernelModel])
+def test_layers_beyond_those_of_the_config_are_refused(saved, model_class):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(ValueError, match="layers.2.input_layernorm.weight: not of the config's form"):
+        model_class.from_pretrained(folder)
+
+
 def test_a_compressed_checkpoint_refuses_what_its_config_does_not_know(saved):
     _, folder = saved
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.self_attn.k_proj.weight": torch.zeros(32, 64)}))

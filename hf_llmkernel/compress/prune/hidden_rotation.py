@@ -68,7 +68,7 @@ class Rotation:
 
     def read(self, weight: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         """A weight `[O, H]` behind a norm of weight `gain` `[H]`: `[O, K]`."""
-        return weight * (gain / self.scale) @ self.directions.to(weight.device)
+        return weight @ ((gain / self.scale)[:, None] * self.directions.to(weight.device))
 
     def norm(self, gain: torch.Tensor) -> torch.Tensor:
         """The norm's weight `[K]`."""

@@ -334,7 +334,7 @@ class GradualPruning(TrainerCallback):
         """Finds the masks of a sparsity anew, and sets to zero what they remove."""
         for name, count in zip(self._linears, self._counts(sparsity), strict=True):
             scores = self._scores(name)
-            kept = keep_highest(scores.view(1, -1), scores.numel() - count)
+            kept = keep_highest(scores.reshape(1, -1), scores.numel() - count)
             self._removed[name] = ~kept.view(scores.shape)
             self.sparsities[name] = count / scores.numel()
         self._set_zeros()

@@ -236,14 +236,16 @@ def naive_shared_counts(scores, total, lowest, highest):
     return counts
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("ties", [False, True])
-def test_one_threshold_over_all_is_the_naive_one(seed, ties):
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["spread", "equal", "near"])
+def test_one_threshold_over_all_is_the_naive_one(seed, kind):
     generator = torch.Generator().manual_seed(seed)
     shapes = [(3, 5), (4, 4), (2, 9), (6, 3)]
     scores = [torch.randn(shape, generator=generator).abs() * 10.0 ** (i - 1) for i, shape in enumerate(shapes)]
-    if ties:
+    if kind == "equal":
         scores = [(matrix * 2).round() / 2 for matrix in scores]
+    if kind == "near":  # alike in their first bits
+        scores = [1 + torch.rand(shape, generator=generator) / 1000 for shape in shapes]
     sizes = [matrix.numel() for matrix in scores]
     for least, most in ((0.0, 1.0), (0.2, 0.7)):
         lowest, highest = [int(least * size) for size in sizes], [int(most * size) for size in sizes]
@@ -278,6 +280,17 @@ def test_global_scope_removes_the_smallest_of_all_within_bounds(bounds):
         assert low - 0.01 <= share <= high
         if name not in free:  # a bound of its own holds it
             assert before[name][removed[name]].max() <= before[name][~removed[name]].min()
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_a_weight_stored_by_columns_is_pruned_like_any_other(scope):
+    model = nn.Sequential(nn.Linear(6, 4))
+    weight = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).T
+    model[0].weight = nn.Parameter(weight)
+    expected = weight.abs() > weight.abs().flatten().sort().values[11]
+    pruning = GradualPruning(0.5, end_step=0, pruning_scope=scope)
+    pruning.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=1), None, model=model)
+    assert torch.equal(model[0].weight != 0, expected)
 
 
 # Training
@@ -332,7 +345,8 @@ def test_zeros_are_those_of_the_schedule_after_every_step(run, tmp_path):
     logged = [entry["sparsity"] for entry in trainer.state.log_history]
     assert len(logged) == STEPS + 1 and logged[-1] == pytest.approx(target, abs=1e-3)
     assert pruning.sparsity == pytest.approx(target, abs=1e-3)
-    model(input_ids=tokens(), labels=tokens()).loss.backward()  # no hook is left behind
+    assert not any(weight._backward_hooks for weight in matrices(model).values())  # nothing is left behind
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
     assert all(weight.grad.ne(0).double().mean() > 0.9 for weight in matrices(model).values())
 
 
