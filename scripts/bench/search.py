@@ -66,20 +66,18 @@ def measure(arguments: argparse.Namespace, name: str, models: dict[str, Any]) ->
     calibration = {"source": arguments.text, "samples": arguments.samples, "length": arguments.length, "seed": SEED}
     stages = stages_of(arguments, kind, float(budget), models)
     output = arguments.output.with_name(f"{arguments.output.stem}-{kind}-{budget}")
-    if output.exists():  # whole, but not measured
-        shutil.rmtree(output)
-    result = compress(arguments.model, {"calibration": calibration, "stages": stages}, output)
-    made = {
-        "seconds": result.seconds,
-        "seconds_by": result.seconds_by,
-        "weight_bytes": result.weight_bytes,
-        "decision": result.stages[0].get("decision"),
-        "nlls": window_nlls(arguments, output),
-    }
-    if made["decision"] is not None:
+    made = output / "made.json"
+    if not made.is_file():
+        shutil.rmtree(output, ignore_errors=True)
+        result = compress(arguments.model, {"calibration": calibration, "stages": stages}, output)
+        made.write_text(json.dumps({**result.to_dict(), "decision": result.stages[0].get("decision")}))
+    facts = json.loads(made.read_text())
+    found = {name: facts[name] for name in ("seconds", "seconds_by", "peak_memory_bytes", "weight_bytes", "decision")}
+    found["nlls"] = window_nlls(arguments, output)
+    if found["decision"] is not None:
         shutil.copy(output / "front.png", arguments.output.with_suffix(".png"))
     shutil.rmtree(output)
-    return made
+    return found
 
 
 def stages_of(
@@ -135,9 +133,6 @@ def comparisons(models: dict[str, Any]) -> list[dict[str, Any]]:
                     "uniform_sparsity": budget,
                     "text": text,
                     "weight_bytes": {"searched": searched["weight_bytes"], "uniform": uniform["weight_bytes"]},
-                    "perplexity": {
-                        name: perplexities(model)[text] for name, model in (("searched", searched), ("uniform", uniform))
-                    },
                     "difference_nats": mean,
                     "difference_standard_error": error,
                     "ratio": math.exp(mean),
@@ -160,6 +155,7 @@ def write(arguments: argparse.Namespace, models: dict[str, Any]) -> None:
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(Path(__file__).parent),
+        "perplexity": {name: perplexities(model) for name, model in models.items()},
         "comparisons": comparisons(models),
         "models": models,
     }
