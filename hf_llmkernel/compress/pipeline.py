@@ -137,7 +137,11 @@ def compress(
 @contextmanager
 def _part(output_dir: str | Path, model_or_path: Any, recipe: Recipe) -> Iterator[Path]:
     """The unfinished output, taken up where it is of the same run; the first process makes it and makes it appear."""
-    identity = {"recipe": recipe.to_dict(), "source": _fingerprint(model_or_path)}
+    identity = {
+        "recipe": recipe.to_dict(),
+        "source": _fingerprint(model_or_path),
+        "calibration text": _fingerprint(recipe.calibration.source),
+    }
     _check_same_run(part_folder(output_dir) / WORK, identity)
     processes.wait()
     with _made_part(output_dir, identity) if processes.is_first() else nullcontext(part_folder(output_dir)) as folder:
@@ -167,13 +171,13 @@ def _made_part(output_dir: str | Path, identity: dict[str, Any]) -> Iterator[Pat
 
 
 def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
-    """Raises `ValueError` where an unfinished run of another recipe or source is in the way."""
+    """Raises `ValueError` where an unfinished run of another recipe, source or calibration text is in the way."""
     file = work / RUN_FILE
     if not file.is_file():
         return
     before = json.loads(file.read_text())
-    for name in ("recipe", "source"):
-        if identity[name] != before[name] and None not in (identity[name], before[name]):
+    for name in identity:
+        if identity[name] != before.get(name) and None not in (identity[name], before.get(name)):
             raise ValueError(
                 f"output={work.parent}: holds an unfinished run of another {name}; give the same one to go on, or "
                 "remove that folder."
@@ -181,7 +185,7 @@ def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
 
 
 def _fingerprint(model_or_path: Any) -> str | None:
-    """What tells a checkpoint from another: names, sizes and times of its files; `None` for a model in memory."""
+    """What tells a checkpoint or text from another: names, sizes and times of files; `None` for a model in memory."""
     if not isinstance(model_or_path, str | Path):
         return None
     path = Path(model_or_path).expanduser()

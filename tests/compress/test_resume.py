@@ -70,15 +70,16 @@ def pictures(out: Path, folder: Path) -> Iterator[dict[str, Path]]:
     busy = False
 
     def watched(name: str, change):
-        def take(path, *arguments, **options):
+        def take(path, *to, **options):
             nonlocal busy
             if not busy:
                 busy = True
-                kind = f"{name} {re.sub(r'[0-9]+', '0', Path(path).name)}"
+                names = " ".join(Path(entry).name for entry in (path, *to) if isinstance(entry, str | Path))
+                kind = f"{name} {re.sub(r'[0-9]+', '0', names)}"
                 moment = f"first {kind}" if f"first {kind}" not in taken else f"last {kind}"
-                taken[moment] = copy_of(out, folder / moment.replace("/", " "))
+                taken[moment] = copy_of(out, folder / moment)
                 busy = False
-            return change(path, *arguments, **options)
+            return change(path, *to, **options)
 
         return take
 
@@ -181,19 +182,30 @@ def test_work_that_is_half_removed_is_not_taken_up(tmp_path, dense, recipe, whol
     assert digests(tmp_path / "out") == whole
 
 
-def test_a_changed_recipe_or_source_is_named_and_the_part_stays(tmp_path, dense, recipe, whole, monkeypatch):
+def test_another_recipe_source_or_text_is_named_and_the_part_stays(tmp_path, dense, recipe, text, whole, monkeypatch):
+    words = tmp_path / "words.txt"
+    shutil.copy(text, words)
+    recipe = {**recipe, "calibration": {**recipe["calibration"], "source": str(words)}}
     interrupted(monkeypatch, sweep, "write_json", dense, recipe, tmp_path / "out")
     before = digests(tmp_path / "out.part")
-    changed = {**recipe, "stages": STAGES[:-1]}
-    message = "out.part: holds an unfinished run of another {}; give the same one to go on, or remove that folder"
-    with pytest.raises(ValueError, match=message.format("recipe")):
-        compress(dense, changed, tmp_path / "out", progress=False)
     save_tiny(tmp_path / "other", seed=1, hidden_size=16, intermediate_size=32)
-    with pytest.raises(ValueError, match=message.format("source")):
-        compress(tmp_path / "other", recipe, tmp_path / "out", progress=False)
-    assert digests(tmp_path / "out.part") == before
+
+    def refused(what: str, source, changed) -> None:
+        message = f"out.part: holds an unfinished run of another {what}; give the same one to go on, or remove that"
+        with pytest.raises(ValueError, match=message):
+            compress(source, changed, tmp_path / "out", progress=False)
+        assert digests(tmp_path / "out.part") == before
+
+    refused("recipe", dense, {**recipe, "stages": STAGES[:-1]})
+    refused("source", tmp_path / "other", recipe)
+    written = words.stat()
+    words.write_text(words.read_text() + " w1")
+    refused("calibration text", dense, recipe)
+    words.write_text(words.read_text().removesuffix(" w1"))
+    os.utime(words, ns=(written.st_atime_ns, written.st_mtime_ns))
     compress(dense, recipe, tmp_path / "out", progress=False)
-    assert digests(tmp_path / "out") == whole
+    names = set(whole) - {"recipe.yaml"}  # which names the text
+    assert {name: digests(tmp_path / "out")[name] for name in names} == {name: whole[name] for name in names}
 
 
 @pytest.mark.parametrize(
