@@ -4,7 +4,7 @@
 
 Without a folder a random model of some hundred thousand parameters is made, with a tokenizer of the text. Every run is
 a process of its own, forked from one that has imported everything, so that the kills hit the work. The moments are
-uniform over the time that a run takes undisturbed; a run that ends before its moment comes is drawn again.
+uniform over the time that a run took undisturbed; one that ends before its moment comes says how long that is now.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
@@ -89,14 +90,16 @@ def found(part: Path) -> str:
     return ", ".join([f"{phases} phases", *layers, *(["the result"] if list(part.glob("model*")) else [])])
 
 
-def kill_and_resume(model: Path, recipe: dict[str, Any], out: Path, moment: float) -> dict[str, Any] | None:
-    """One run that is killed at a moment and then ended; `None` where it ended before."""
+def kill_and_resume(model: Path, recipe: dict[str, Any], out: Path, moment: float) -> dict[str, Any] | float:
+    """One run that is killed at a moment and then ended; the seconds that it took where it ended before."""
+    started = time.monotonic()
     process = start(model, recipe, out)
     process.join(moment)
+    took = time.monotonic() - started
     process.kill()
     process.join()
     if process.exitcode == 0:
-        return None
+        return took
     left = found(out.with_name(f"{out.name}.part"))
     return {"seconds": round(moment, 3), "found": left, "resumed_seconds": round(finish(model, recipe, out), 3)}
 
@@ -107,15 +110,16 @@ def run_all(model: Path, text: str, kills: int, seed: int, folder: Path) -> dict
     expected = digests(folder / "whole")
     draw = random.Random(seed)
     runs: list[dict[str, Any]] = []
+    latest = whole
     while len(runs) < kills:
         out = folder / f"out-{len(runs)}"
-        run = kill_and_resume(model, recipe, out, draw.uniform(0, whole))
-        if run is not None:
-            runs.append({**run, "same_bytes": digests(out) == expected})
-            print(f"{len(runs)}/{kills}: {runs[-1]}", file=sys.stderr)
-        else:
-            for path in out.iterdir():
-                path.unlink()
+        run = kill_and_resume(model, recipe, out, draw.uniform(0, latest))
+        if isinstance(run, float):
+            latest = run
+            shutil.rmtree(out)
+            continue
+        runs.append({**run, "same_bytes": digests(out) == expected})
+        print(f"{len(runs)}/{kills}: {runs[-1]}", file=sys.stderr)
     shows = {"killed": len(runs), "same_bytes": sum(run["same_bytes"] for run in runs)}
     return {"recipe": recipe, "whole_seconds": round(whole, 3), "files": sorted(expected), "runs": runs, "shows": shows}
 
