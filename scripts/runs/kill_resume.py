@@ -114,7 +114,7 @@ def run_all(model: Path, text: str, kills: int, seed: int, folder: Path) -> dict
     while len(runs) < kills:
         out = folder / f"out-{len(runs)}"
         run = kill_and_resume(model, recipe, out, draw.uniform(0, latest))
-        if isinstance(run, float):
+        if not isinstance(run, dict):
             latest = run
             shutil.rmtree(out)
             continue
