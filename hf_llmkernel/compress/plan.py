@@ -12,10 +12,8 @@ from typing import Any, cast
 import torch
 
 from ..evaluate.layout import norm_shapes, slots, stored_values
-from ..model.configuration_llm_kernel import LLMKernelConfig
+from ..model.configuration_llm_kernel import LAYER_FIELDS, LLMKernelConfig
 from .stage import Stage
-
-LAYER_FIELDS = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "linear_forms", "skip")
 
 
 @dataclass(frozen=True)

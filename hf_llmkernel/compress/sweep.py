@@ -24,12 +24,12 @@ from tqdm import tqdm
 from ..checkpoint.header import read_header
 from ..checkpoint.model_folder import ModelFolder, embedding_module, stored_as
 from ..checkpoint.reader import INDEX_FILE
-from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from ..model.configuration_llm_kernel import LAYER_FIELDS, LinearForm, LLMKernelConfig
 from . import processes
 from .block import SITES, Block
 from .disk import write_json, write_tensors
 from .inputs import NEEDS, InputStatistic
-from .plan import LAYER_FIELDS, merge_layers, own_layers
+from .plan import merge_layers, own_layers
 from .reference import Reference
 from .stage import Stage
 from .survey import embedder

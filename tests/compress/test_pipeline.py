@@ -308,3 +308,11 @@ def test_evaluation_that_cannot_be_stops_before_any_work(tmp_path, tiny, text, e
         recipe = {"evaluation": {"source": str(text), **evaluation}, "stages": [INT8]}
         compress(tiny, recipe, tmp_path / "out", progress=False)
     assert not (tmp_path / "out.part").exists()
+
+
+def test_biases_of_single_layers_stay_theirs(tmp_path, text):
+    dense = save_tiny(tmp_path / "dense", per_layer_config={1: {"attention_bias": True, "mlp_bias": True}})
+    compress(tmp_path / "dense", {"stages": [INT8]}, tmp_path / "out", progress=False)
+    model = load(tmp_path / "out")
+    assert [layer.self_attn.q_proj.bias is not None for layer in model.model.layers] == [False, True, False]
+    assert torch.equal(model.model.layers[1].mlp.up_proj.bias, dense.model.layers[1].mlp.up_proj.bias)

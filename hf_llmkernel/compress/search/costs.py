@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ...checkpoint.model_folder import Positions
-from ...model.configuration_llm_kernel import LLMKernelConfig
+from ...model.configuration_llm_kernel import LAYER_FIELDS, LLMKernelConfig
 from ...model.modeling_llm_kernel import LLMKernelModel
-from ..plan import LAYER_FIELDS, layer_sizes
+from ..plan import layer_sizes
 
 ROUNDS = 15
 EVICTING_BYTES = 256 << 20  # read before each sample, so that weights come from memory as they do in a whole model
