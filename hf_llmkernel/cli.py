@@ -81,6 +81,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. `arguments` default to the process's own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
     with terminated_as_exit():
         try:
             return run(given)
@@ -173,6 +174,14 @@ def as_json(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_closed_streams() -> None:
+    """Standard streams closed at the start lead nowhere; else the next file opened would take the number of one."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            setattr(sys, name, os.fdopen(handle, "r" if name == "stdin" else "w", encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ INPUT_ERRNOS = {
     errno.EPERM: "change its permissions or choose another path",
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.ELOOP: "check the links in the path",
+    errno.EROFS: "choose a path that can be written",
 }
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 

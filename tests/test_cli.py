@@ -23,6 +23,7 @@ FAULTS = {
     "no_file": FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "model.safetensors"),
     "no_folder": NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), "file"),
     "folder": IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "folder"),
+    "read_only": OSError(errno.EROFS, os.strerror(errno.EROFS), "folder"),
     "forbidden": PermissionError(errno.EACCES, os.strerror(errno.EACCES), "folder"),
     "library": OSError("name is not a local folder and is not a valid model identifier"),
     "disk": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out"),
@@ -88,6 +89,7 @@ def test_json_is_all_of_standard_output(capfd):
         ("no_folder", 2, "file: Not a directory"),
         ("folder", 2, "folder: Is a directory"),
         ("forbidden", 2, "folder: Permission denied"),
+        ("read_only", 2, "folder: Read-only file system; choose a path that can be written"),
         ("library", 2, "is not a valid model identifier"),
         ("disk", 1, "out: No space left on device; free space"),
         ("disk_input_output", 1, "Input/output error"),
@@ -211,3 +213,27 @@ sys.exit(cli.main(["wait"]))
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 143
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_stream_that_is_closed_leads_nowhere(tmp_path, closed):
+    script = tmp_path / "closed.py"
+    script.write_text(
+        "import os, sys, types\n"
+        "from hf_llmkernel import cli\n"
+        "def work():\n"
+        '    """Work."""\n'
+        "    handle = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)\n"
+        "    os.write(handle, str(handle).encode())\n"
+        "    return {}\n"
+        'sys.modules["closed"] = types.SimpleNamespace(work=work, render_work=lambda result: "worked")\n'
+        'cli.COMMANDS = {"work": cli.Command("closed:work", "Work.")}\n'
+        'sys.exit(cli.main(["work"]))\n'
+    )
+    redirections = " ".join(f"{number}>&-" for number in closed)
+    line = f'exec "$0" "$1" "$2" {redirections}'
+    command = ["sh", "-c", line, sys.executable, str(script), str(tmp_path / "opened")]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout == (b"" if 1 in closed else b"worked\n")
+    assert int((tmp_path / "opened").read_text()) > 2

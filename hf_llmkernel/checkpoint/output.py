@@ -68,7 +68,9 @@ def output_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
                 _clear(part)
             yield part
             _publish(part, path)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+                error.filename = str(part)  # a write that fails does not say where
             if not resume:
                 shutil.rmtree(part, ignore_errors=True)
             raise

@@ -93,12 +93,18 @@ def load(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, PreTrainedT
 
 
 def check_weights(folder: Path) -> None:
-    """Raises `ValueError`, naming file or tensor, where a folder of this family is damaged or contradicts itself."""
+    """Raises `ValueError`, naming file or tensor, where a folder of this family cannot be what generates text."""
     from ..evaluate import inspect
     from ..evaluate.source import read_config
 
-    if (folder / "config.json").is_file() and read_config(folder).get("model_type") == MODEL_TYPE:
-        inspect(folder)
+    config = read_config(folder) if (folder / "config.json").is_file() else {}
+    if config.get("model_type") != MODEL_TYPE:
+        return
+    inspect(folder)
+    architectures = config.get("architectures") or []
+    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        # Loaded all the same, it would have a head of random values.
+        raise ValueError(f"{folder}: is a {architectures[0]}, without a language-model head; use a causal model.")
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool | None) -> "dict[str, torch.Tensor]":

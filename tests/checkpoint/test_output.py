@@ -29,6 +29,13 @@ def test_disappears_on_an_error(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_full_disk_is_named(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: .*output.part"), output_folder(tmp_path / "output"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"input/output$"), output_folder(tmp_path / "output"):
+        raise OSError(errno.EIO, "input/output")
+
+
 def test_replaces_an_empty_folder(tmp_path):
     (tmp_path / "output").mkdir()
     with output_folder(tmp_path / "output") as folder:

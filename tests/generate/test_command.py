@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_llmkernel import cli
 from hf_llmkernel.generate.command import generate, render_generate
@@ -97,6 +97,12 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tiny_checkpoint, tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
     assert_fails(tmp_path, "vocab_size=8: the tokenizer made token 63, which the model does not have", prompt="w59")
+
+
+def test_a_classifier_does_not_generate(tiny_checkpoint, tmp_path):
+    AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    assert_fails(tmp_path, "is a LLMKernelForSequenceClassification, without a language-model head")
 
 
 def assert_fails(folder, message, prompt="w1"):
