@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 
 import pytest
 import torch
@@ -34,15 +35,18 @@ RECIPES = {
 
 
 def run_processes(count: int, work, *given) -> None:
-    """Calls `work(*given)` in processes with the environment that `torchrun` gives, its store kept by this one."""
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    multiprocessing.start_processes(_start, (count, store.port, work, given), count, start_method="fork")
+    """Calls `work(*given)` in processes with the environment that `torchrun` gives."""
+    # The first one keeps the store: threads of one here would be forked in the middle of what they do, locks held.
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(_start, (count, port, work, given), count, start_method="fork")
 
 
 def _start(rank: int, count: int, port: int, work, given: tuple) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), GROUP_RANK="0")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     processes.join()
     assert (processes.rank(), processes.world_size()) == (rank, count)
     work(*given)
