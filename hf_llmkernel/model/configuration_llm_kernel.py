@@ -374,6 +374,12 @@ class LLMKernelConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is not an activation of transformers: {sorted(ACT2CLS)}.")
         if "sliding_attention" in self.layer_types and self.sliding_window is None:
             raise ValueError("sliding_window=None: layer_types has 'sliding_attention'; set the width of the window.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window}: must be at least 1, or null for none.")
+        if self.pad_token_id is not None and self.pad_token_id >= self.vocab_size:
+            raise ValueError(
+                f"pad_token_id={self.pad_token_id}: must be below vocab_size={self.vocab_size}; correct it."
+            )
         for name in ("embed_tokens_form", "lm_head_form"):
             self._check_form(name, getattr(self, name), self.vocab_size, self.hidden_size)
         if self.tie_word_embeddings and self.lm_head_form is not None:
