@@ -15,12 +15,20 @@ A `Rotation` takes any Q, the same for the whole model, for the stream runs thro
 channel does not go through a rotation: it moves into the linears that read, and the norm is left with ones. A
 `Selection` (Minitron, Muralidharan et al. 2024, arXiv 2407.14679) keeps channels, and each its scale.
 
-Shapes: H channels of the stream, K of them kept, O out_features, I in_features, V vocabulary, T tokens.
+A head that is the embedding E cannot take in the last norm's scale g: it would be `E diag(g) Q`, the embedding `E Q`,
+and what is between them, `Qᵀ diag(g) Q`, is not diagonal as a norm's weight is. It nearly is where Q turns only
+channels among themselves whose g are alike: `alike_channels` and `balanced_scales`.
+
+Shapes: H channels of the stream, K of them kept, O out_features, I in_features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from .width import select
 
 
 def normalized(hidden: torch.Tensor) -> torch.Tensor:
@@ -29,19 +37,63 @@ def normalized(hidden: torch.Tensor) -> torch.Tensor:
     return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True).clamp(min=smallest))
 
 
-def principal_directions(gram: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+class Directions(NamedTuple):
+    """Orthonormal columns Q, fp32 `[H, K]`; the share of the energy along them; the group of each, int64 `[K]`."""
+
+    columns: torch.Tensor
+    share: float
+    groups: torch.Tensor
+
+
+def principal_directions(gram: torch.Tensor, width: int, groups: Sequence[torch.Tensor] | None = None) -> Directions:
     """The orthonormal directions that keep most of a stream's energy: its first uncentred principal components.
 
     Args:
         gram: `XᵀX` `[H, H]` of what enters norms, every token at a root mean square of one.
         width: K.
-
-    Returns:
-        Q, fp32 `[H, K]`, and the shares of the energy along all H directions, fp64 `[H]`, the largest first.
+        groups: channels that directions may mix, int64, a partition of all H; by default one group.
     """
-    values, vectors = torch.linalg.eigh(gram.double())  # ascending
-    values = values.flip(0).clamp(min=0)
-    return vectors.flip(1)[:, :width].float().contiguous(), values / values.sum()
+    groups = [torch.arange(len(gram))] if groups is None else groups
+    columns = gram.new_zeros(gram.shape, dtype=torch.float64)
+    energies = gram.new_zeros(len(gram), dtype=torch.float64)
+    for channels in groups:
+        values, vectors = torch.linalg.eigh(gram[channels][:, channels].double())
+        columns[channels[:, None], channels] = vectors
+        energies[channels] = values.clamp(min=0)
+    numbers = torch.empty(len(gram), dtype=torch.int64)
+    for number, channels in enumerate(groups):
+        numbers[channels] = number
+    kept = select(energies, width)
+    return Directions(columns[:, kept].float(), float(energies[kept].sum() / energies.sum()), numbers[kept])
+
+
+def alike_channels(gain: torch.Tensor, spread: float) -> list[torch.Tensor]:
+    """Channels `[H]` in groups, each of scales within `spread`, relative to it, of the median of what was left."""
+    groups, left = [], torch.arange(len(gain))
+    while len(left):
+        median = gain[left].median()
+        near = (gain[left] - median).abs() <= spread * median.abs()
+        groups.append(left[near])
+        left = left[~near]
+    return groups
+
+
+def balanced_scales(gain: torch.Tensor, groups: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What lets a rotated embedding be its own head: of channels r `[H]` for the embedding, of groups ḡ for the norm.
+
+    With `r = sqrt(g / ḡ)` the embedding is `E diag(r) Q`, off by r, and the head `E diag(r) Q diag(ḡ)`, which is
+    `E diag(g / r) Q`, off by 1/r: the spread of g in its group is shared between both.
+
+    Args:
+        gain: g `[H]`, the last norm's weight.
+        groups: of `alike_channels`, with a spread below 1.
+    """
+    means = torch.stack([gain[channels].mean() for channels in groups])
+    balance = torch.ones_like(gain)
+    for channels, mean in zip(groups, means, strict=True):
+        if mean:
+            balance[channels] = (gain[channels] / mean).sqrt()
+    return balance, means
 
 
 def channel_scores(mean_magnitude: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

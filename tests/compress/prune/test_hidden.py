@@ -13,7 +13,11 @@ from hf_llmkernel.compress.preview import preview
 from hf_llmkernel.compress.recipe import Recipe
 from hf_llmkernel.compress.sweep import Sweep
 from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
-from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForSequenceClassification, LLMKernelModel
+from hf_llmkernel.model.modeling_llm_kernel import (
+    LLMKernelForCausalLM,
+    LLMKernelForSequenceClassification,
+    LLMKernelModel,
+)
 
 from ..conftest import TINY, save_tiny, word_tokenizer
 from ..test_pipeline import load, logits, recipe_for
@@ -38,23 +42,32 @@ VARIANTS = {
 }
 
 
+PARTS = torch.randperm(H, generator=torch.Generator().manual_seed(5)).split([20, 12])
+
+
 def prune(method, **settings):
     return {"prune_hidden": {"ratio": 0.25, "align": 8, "method": method, **settings}}
 
 
-def projection(method) -> torch.Tensor:
-    """Onto what the stream of `confine` lies in, `[H, H]`."""
+def onto_directions(channels: torch.Tensor, width: int) -> torch.Tensor:
+    """The projection onto random directions of some channels, `[H, H]`."""
+    span = torch.zeros(H, width)
     generator = torch.Generator().manual_seed(7)
-    if method == "minitron":
-        return torch.diag((torch.randperm(H, generator=generator) < K).float())
-    span = torch.linalg.qr(torch.randn(H, K, generator=generator)).Q
+    span[channels] = torch.linalg.qr(torch.randn(len(channels), width, generator=generator)).Q
     return span @ span.T
 
 
+SPANS = {
+    "channels": torch.diag((torch.randperm(H, generator=torch.Generator().manual_seed(7)) < K).float()),
+    "directions": onto_directions(torch.arange(H), K),
+    "directions_of_parts": onto_directions(PARTS[0], 15) + onto_directions(PARTS[1], 9),
+}
+
+
 @torch.no_grad()
-def confine(model, method) -> None:
+def confine(model, span) -> None:
     """Makes everything that writes into the stream write into a subspace of K dimensions."""
-    onto = projection(method)
+    onto = SPANS[span]
     for name, parameter in model.named_parameters():
         low_rank = ".a." in name or ".b." in name
         if "embed_tokens" in name and (not low_rank or ".a." in name):
@@ -63,14 +76,24 @@ def confine(model, method) -> None:
             parameter.copy_(onto @ parameter)
 
 
-@pytest.mark.parametrize("method", ["pca", "minitron"])
+KINDS = {
+    "untied": ("directions", prune("pca", untie=True)),
+    "alike": ("directions_of_parts", prune("pca")),
+    "channels": ("channels", prune("minitron")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_components_that_are_zero_are_not_missed(tmp_path, text, variant, method):
-    fields = {**VARIANTS[variant], "rms_norm_eps": 1e-2}
-    dense = save_tiny(tmp_path / "dense", **fields)
-    confine(dense, method)
+def test_components_that_are_zero_are_not_missed(tmp_path, text, variant, kind):
+    (span, stage), unties = KINDS[kind], kind == "untied"
+    dense = save_tiny(tmp_path / "dense", **{**VARIANTS[variant], "rms_norm_eps": 1e-2})
+    confine(dense, span)
+    if kind == "alike":  # of the last norm; all others differ from channel to channel
+        for part, scale in zip(PARTS, (1.5, -0.7), strict=True):
+            dense.model.norm.weight.data[part] = scale
     dense.save_pretrained(tmp_path / "dense")
-    result = compress(tmp_path / "dense", recipe_for(text, prune(method)), tmp_path / "out", progress=False)
+    result = compress(tmp_path / "dense", recipe_for(text, stage), tmp_path / "out", progress=False)
     model = load(tmp_path / "out")
     assert model.config.hidden_size == K and model.model.layers[0].self_attn.q_proj.in_features == K
     assert model.config.head_dim == dense.config.head_dim
@@ -78,15 +101,34 @@ def test_components_that_are_zero_are_not_missed(tmp_path, text, variant, method
     assert logits(dense).std() > 0.1
 
     tied = dense.config.tie_word_embeddings
-    assert model.config.tie_word_embeddings == (tied and method == "minitron")
+    assert model.config.tie_word_embeddings == (tied and not unties)
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert any("lm_head" in name for name in names) != model.config.tie_word_embeddings
     decision = result.stages[0]["decision"]
     assert decision["energy_kept"] == pytest.approx(1, abs=1e-5)
-    assert decision["unties"] == (tied and method == "pca")
+    assert decision["unties"] == (tied and unties)
     assert decision["parameters"] == sum(p.numel() for p in model.parameters())
     assert decision["parameters_before"] == sum(p.numel() for p in dense.parameters())
     assert {"hidden_size_before": H, "hidden_size": K}.items() <= result.stages[0]["result"][0].items()
+
+
+@torch.no_grad()
+def test_a_tied_head_shares_the_spread_of_scales_with_the_embedding(tmp_path, text):
+    dense = save_tiny(tmp_path / "dense")
+    confine(dense, "directions")
+    gain = dense.model.norm.weight.copy_(1.5 + 0.3 * torch.rand(H)).clone()
+    dense.save_pretrained(tmp_path / "dense")
+    compress(tmp_path / "dense", recipe_for(text, prune("pca")), tmp_path / "out", progress=False)
+    fields = {**dense.config.to_dict(), "tie_word_embeddings": False}
+    reference = LLMKernelForCausalLM(LLMKernelConfig.from_dict(fields)).eval()
+    reference.load_state_dict(dense.state_dict())
+    shared = dense.model.embed_tokens.weight * (gain / gain.mean()).sqrt() @ SPANS["directions"]
+    reference.model.embed_tokens.weight.copy_(shared)
+    reference.lm_head.weight.copy_(shared * gain.mean())
+    reference.model.norm.weight.fill_(1)
+    found, expected = logits(load(tmp_path / "out")), logits(reference)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert 0.001 < (expected - logits(dense)).norm() / logits(dense).norm() < 0.1
 
 
 @torch.no_grad()
@@ -106,7 +148,8 @@ def test_what_is_kept_is_what_the_formulas_say_and_directions_keep_more_than_cha
     mix = torch.eye(H) + 0.5 * torch.randn(H, H, generator=torch.Generator().manual_seed(3))  # a correlated stream
     dense.model.embed_tokens.weight.data @= mix
     dense.save_pretrained(tmp_path / "dense")
-    kept, recipes = {}, {method: recipe_for(text, prune(method)) for method in ("pca", "minitron")}
+    stages = {"pca": prune("pca", untie=True), "minitron": prune("minitron")}
+    kept, recipes = {}, {method: recipe_for(text, stage) for method, stage in stages.items()}
     for method, recipe in recipes.items():
         result = compress(tmp_path / "dense", recipe, tmp_path / method, progress=False)
         kept[method] = result.stages[0]["decision"]["energy_kept"]
@@ -126,9 +169,10 @@ def test_what_is_kept_is_what_the_formulas_say_and_directions_keep_more_than_cha
 
 def test_the_next_stage_sees_the_new_width(tmp_path, tiny, text):
     after = {"prune_ffn": {"ratio": 0.25, "align": 16}}
-    together = recipe_for(text, prune("pca"), after, {"quantize": {"bits": 8, "embeddings": True}})
+    first = prune("pca", untie=True)
+    together = recipe_for(text, first, after, {"quantize": {"bits": 8, "embeddings": True}})
     compress(tiny, together, tmp_path / "together", progress=False)
-    compress(tiny, recipe_for(text, prune("pca")), tmp_path / "first", progress=False)
+    compress(tiny, recipe_for(text, first), tmp_path / "first", progress=False)
     rest = {**together.to_dict(), "stages": together.to_dict()["stages"][1:]}
     compress(tmp_path / "first", rest, tmp_path / "second", progress=False)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("together", "second"))
@@ -160,7 +204,7 @@ def test_another_head_than_that_of_a_language_model(tmp_path, text, method):
     torch.manual_seed(0)
     dense = LLMKernelForSequenceClassification(LLMKernelConfig(**TINY, num_labels=5, pad_token_id=0)).eval()
     torch.nn.init.normal_(dense.model.norm.weight)
-    confine(dense, method)
+    confine(dense, {"pca": "directions", "minitron": "channels"}[method])
     dense.save_pretrained(tmp_path / "dense")
     compress(tmp_path / "dense", recipe_for(text, prune(method)), tmp_path / "out", word_tokenizer(), progress=False)
     model, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -171,13 +215,13 @@ def test_another_head_than_that_of_a_language_model(tmp_path, text, method):
 def test_a_model_without_head_keeps_its_channels(tmp_path, text):
     torch.manual_seed(0)
     dense = LLMKernelModel(LLMKernelConfig(**TINY)).eval()
-    confine(dense, "minitron")
+    confine(dense, "channels")
     dense.save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="method='pca': the model has no head"):
         compress(tmp_path / "dense", recipe_for(text, prune("pca")), tmp_path / "out", word_tokenizer(), progress=False)
     recipe = recipe_for(text, prune("minitron"))
     compress(tmp_path / "dense", recipe, tmp_path / "out", word_tokenizer(), progress=False)
-    kept = projection("minitron").diagonal().nonzero().flatten()
+    kept = SPANS["channels"].diagonal().nonzero().flatten()
     with torch.no_grad():
         expected = dense(IDS).last_hidden_state[..., kept]
         found = LLMKernelModel.from_pretrained(tmp_path / "out").eval()(IDS).last_hidden_state
@@ -185,8 +229,9 @@ def test_a_model_without_head_keeps_its_channels(tmp_path, text):
 
 
 def test_the_plan_counts_the_head_of_its_own(tiny, text):
-    pca, minitron = (preview(tiny, recipe_for(text, prune(method))).stages[0] for method in ("pca", "minitron"))
-    assert pca["parameters"] - minitron["parameters"] == 96 * K
+    stages = prune("pca", untie=True), prune("pca"), prune("minitron")
+    untied, *tied = (preview(tiny, recipe_for(text, stage)).stages[0]["parameters"] for stage in stages)
+    assert [untied - parameters for parameters in tied] == [96 * K, 96 * K]
 
 
 @pytest.mark.parametrize(
@@ -194,6 +239,7 @@ def test_the_plan_counts_the_head_of_its_own(tiny, text):
     [
         ([prune("pca", layers=[0, 1])], "include, exclude, layers and embeddings: hidden_size is one for"),
         ([prune("pca", align=64)], "prune_hidden: hidden_size: ratio=0.25: of 32 leaves 24"),
+        ([prune("minitron", untie=True)], "untie=true: method 'minitron' loses nothing by a tied head"),
         ([prune("svd")], r"method='svd': must be one of \['pca', 'minitron'\]"),
         (
             [{"quantize": {"bits": 8}}, prune("pca")],

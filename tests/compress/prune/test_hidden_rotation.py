@@ -6,6 +6,8 @@ import torch
 from hf_llmkernel.compress.prune.hidden_rotation import (
     Rotation,
     Selection,
+    alike_channels,
+    balanced_scales,
     channel_scores,
     normalized,
     principal_directions,
@@ -56,12 +58,41 @@ def test_principal_directions_are_those_of_the_singular_value_decomposition():
     generator = torch.Generator().manual_seed(0)
     rows, mix = (torch.randn(count, H, generator=generator, dtype=torch.float64) for count in (200, H))
     rows = rows @ mix
-    directions, shares = principal_directions(rows.T @ rows, K)
+    directions, share, groups = principal_directions(rows.T @ rows, K)
     _, values, vectors = torch.linalg.svd(rows, full_matrices=False)
-    torch.testing.assert_close(shares, values.square() / values.square().sum(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close((directions.T.double() @ vectors[:K].T).abs(), torch.eye(K).double(), rtol=0, atol=1e-5)
-    lost = (rows - rows @ directions.double() @ directions.T.double()).square().sum()
-    torch.testing.assert_close(1 - lost / rows.square().sum(), shares[:K].sum(), rtol=1e-6, atol=0)
+    assert share == pytest.approx(float(values[:K].square().sum() / values.square().sum()), abs=1e-12)
+    span = vectors[:K].T @ vectors[:K]
+    torch.testing.assert_close((directions @ directions.T).double(), span, rtol=0, atol=1e-5)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(K), rtol=0, atol=1e-5)
+    assert groups.tolist() == [0] * K
+
+
+def test_directions_of_groups_are_the_best_that_do_not_mix_them():
+    generator = torch.Generator().manual_seed(0)
+    rows, mix = (torch.randn(count, H, generator=generator, dtype=torch.float64) for count in (200, H))
+    rows = rows @ mix
+    parts = [torch.tensor([0, 2, 5, 7, 11]), torch.tensor([1]), torch.tensor([3, 4, 6, 8, 9, 10])]
+    directions, share, groups = principal_directions(rows.T @ rows, K, parts)
+    torch.testing.assert_close(directions.T @ directions, torch.eye(K), rtol=0, atol=1e-5)
+    for column, number in zip(directions.T, groups, strict=True):
+        assert set(column.nonzero().flatten().tolist()) <= set(parts[number].tolist())
+    energies = torch.cat([torch.linalg.svdvals(rows[:, part]).square() for part in parts]).sort(descending=True).values
+    assert share == pytest.approx(float(energies[:K].sum() / energies.sum()), abs=1e-12)
+    kept = (rows @ directions.double()).square().sum() / rows.square().sum()
+    assert share == pytest.approx(float(kept), abs=1e-6)
+
+
+def test_alike_channels_are_within_the_spread_of_a_median():
+    gain = torch.tensor([1.0, -2.0, 1.2, 0.0, 0.9, 5.0, 1.3, 0.0, -2.1, 1.1])
+    groups = alike_channels(gain, 0.25)
+    assert [group.tolist() for group in groups] == [[0, 4, 9], [3, 7], [2, 6], [1, 8], [5]]
+
+
+def test_balanced_scales_share_what_is_off():
+    gain = torch.tensor([1.8, 2.2, 0.0, -3.0, 0.0])
+    balance, means = balanced_scales(gain, [torch.tensor([0, 1]), torch.tensor([2, 4]), torch.tensor([3])])
+    torch.testing.assert_close(means, torch.tensor([2.0, 0.0, -3.0]))
+    torch.testing.assert_close(balance, torch.tensor([0.9**0.5, 1.1**0.5, 1, 1, 1]))
 
 
 def test_normalized_has_a_root_mean_square_of_one():
