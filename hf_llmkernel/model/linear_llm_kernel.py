@@ -366,16 +366,13 @@ class PackedWeight(nn.Module):
         return stable and type(values.data) is torch.Tensor and not values.is_inference()
 
     def check_stored(self, name: str) -> None:
-        """Raises `ValueError`, with the module's `name`, where stored tensors contradict the form or are not finite."""
-        on_hand = {key: tensor for key, tensor in self.stored().items() if _is_whole(tensor)}
+        """Raises `ValueError`, with the module's `name`, where the stored mask contradicts the form."""
+        mask = self.stored().get("mask")
         try:
-            if "mask" in on_hand:
-                check_mask(on_hand["mask"], self.form, self.in_features)
+            if mask is not None and is_whole(mask):
+                check_mask(mask, self.form, self.in_features)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
-        for key, tensor in on_hand.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(f"{name}.{key}: has values that are not finite; fetch or write the checkpoint again.")
 
     def train(self, mode: bool = True):
         self._derived = None
@@ -400,7 +397,7 @@ class PackedWeight(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {form}"
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
+def is_whole(tensor: torch.Tensor) -> bool:
     """Whether all of a tensor is here: not one on the meta device, not one rank's part of a sharded one."""
     return tensor.device.type != "meta" and type(tensor.data) is torch.Tensor
 

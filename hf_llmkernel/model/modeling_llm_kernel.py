@@ -20,9 +20,10 @@ Shapes: B batch, T tokens, S cached and new tokens, H hidden_size, N heads, D he
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -51,6 +52,7 @@ from .linear_llm_kernel import (
     PackedWeight,
     build_embedding,
     build_linear,
+    is_whole,
     largest_mask,
     pack_weight,
 )
@@ -372,6 +374,13 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         except AttributeError:
             return self.get_buffer(target)
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        # The library casts whatever it reads to what the model holds: floating values to codes, codes to weights.
+        if load_config.hf_quantizer is None:
+            check_stored_types(model, state_dict, checkpoint_files or [])
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         self._check_packed(loading_info)
@@ -400,6 +409,9 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         for name, module in compressed.items():
             if isinstance(module, PackedWeight):
                 module.check_stored(name)
+        for name, tensor in self.state_dict().items():
+            if is_whole(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{name}: has values that are not finite; fetch or write the checkpoint again.")
 
     def _expand_parallel_plan(self, plan):
         # A low-rank linear is split in its factors; its own entry is that of the dense linears of other layers.
@@ -438,6 +450,52 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
 def in_floating_type(exchange: Callable, model: PreTrainedModel) -> Callable:
     """A pipeline stage's exchange in the model's type: the library's is that of a first tensor, maybe of integers."""
     return lambda *args, dtype, **kwargs: exchange(*args, dtype=model.dtype, **kwargs)
+
+
+STORED_TYPES = {  # as safetensors names them
+    torch.int8: ("I8",),
+    torch.uint8: ("U8",),
+    torch.float16: ("F16",),
+    torch.bfloat16: ("BF16",),
+    torch.float32: ("F32",),
+}
+FLOATING_TYPES = ("F16", "BF16", "F32", "F64")
+
+
+def check_stored_types(model: LLMKernelPreTrainedModel, state_dict: dict | None, files: list[str]) -> None:
+    """Raises `ValueError` for a tensor of another type than its form, and for a weight file that cannot be read.
+
+    Integers, scales and zero points have the type of their form; a weight may be of any floating type.
+    """
+    body = f"{model.base_model_prefix}."
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        exact = not tensor.is_floating_point() or name.endswith((".scales", ".zero_points"))
+        wanted[name.removeprefix(body)] = STORED_TYPES[tensor.dtype] if exact else FLOATING_TYPES
+    for file, name, stored in stored_types(state_dict, files):
+        types = wanted.get(name.removeprefix(body), (stored,))
+        if stored not in types:
+            raise ValueError(
+                f"{file}{name}: is stored as {stored}, and its form in config.json as {' or '.join(types)}; config.json "
+                "and the weight files are not of one checkpoint: fetch or write it again."
+            )
+
+
+def stored_types(state_dict: dict | None, files: list[str]) -> Iterator[tuple[str, str, str]]:
+    """File, name and type of every tensor that will be loaded."""
+    if state_dict is not None:
+        names = {dtype: types[0] for dtype, types in STORED_TYPES.items()}
+        for name, tensor in state_dict.items():
+            yield "", name, names.get(tensor.dtype, "F64" if tensor.is_floating_point() else str(tensor.dtype))
+        return
+    for file in filter(lambda file: str(file).endswith(".safetensors"), files):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: {error}; the file is damaged, fetch or write it again.") from None
+        for name, stored in types.items():
+            yield f"{file}: ", name, stored
 
 
 def refuse_keys(fault: str, keys: list[str]) -> None:

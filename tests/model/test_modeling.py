@@ -345,6 +345,43 @@ def test_damaged_masks_and_scales_are_refused_by_name(saved):
         LLMKernelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.self_attn.k_proj.values", torch.float32),
+        ("model.layers.0.self_attn.k_proj.scales", torch.float32),
+        ("model.layers.0.mlp.up_proj.mask", torch.float16),
+        ("model.norm.weight", torch.int8),
+    ],
+)
+@pytest.mark.parametrize("of", [LLMKernelForCausalLM, LLMKernelModel])
+def test_a_tensor_of_another_type_than_its_form_is_refused(saved, name, dtype, of):
+    _, folder = saved
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(ValueError, match=rf"model.safetensors: {name}: is stored as"):
+        of.from_pretrained(folder)
+    with pytest.raises(ValueError, match=f"^{name}: is stored as"):
+        of.from_pretrained(
+            None, config=of.config_class.from_pretrained(folder), state_dict=load_file(folder / "model.safetensors")
+        )
+
+
+def test_a_dense_tensor_that_is_not_finite_is_refused_in_a_compressed_checkpoint(saved):
+    _, folder = saved
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    with pytest.raises(ValueError, match="model.norm.weight: has values that are not finite"):
+        LLMKernelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\nsize 9\n", None])
+def test_a_damaged_weight_file_is_named(saved, content):
+    _, folder = saved
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(ValueError, match="model.safetensors: .*; the file is damaged"):
+        LLMKernelForCausalLM.from_pretrained(folder)
+
+
 def test_a_new_head_on_a_compressed_body_is_legal(saved):
     model, folder = saved
     classifier = LLMKernelForSequenceClassification.from_pretrained(folder, num_labels=3)
