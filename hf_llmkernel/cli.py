@@ -142,11 +142,15 @@ def with_json_option(function: Callable[..., dict[str, Any]], render: Callable[[
 
     @functools.wraps(function)
     def command(*args: Any, json: bool, **options: Any) -> None:
+        # No shell expands the tilde of `--output=~/folder`.
+        options = {name: value.expanduser() if isinstance(value, Path) else value for name, value in options.items()}
         if json:
             with stdout_as_stderr():
                 result = function(*args, **options)
-            print(json_format.dumps(as_json(result), ensure_ascii=False, indent=2))
-        elif text := render(function(*args, **options)):
+            text = json_format.dumps(as_json(result), ensure_ascii=False, indent=2)
+        else:
+            text = render(function(*args, **options))
+        if text and os.environ.get("RANK", "0") == "0":  # of the processes of `torchrun` one speaks for all
             print(text)
 
     help_text = "Print the result as one JSON document; progress goes to standard error."

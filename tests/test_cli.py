@@ -81,6 +81,22 @@ def test_json_is_all_of_standard_output(capfd):
     assert set(err.splitlines()) == {"python prints", "native code prints", "a child prints"}
 
 
+def test_a_tilde_is_the_home_folder(capfd, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    assert cli.main(["work", "3", "--folder=~/out", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["folder"] == "/home/of/someone/out"
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_of_several_processes_the_first_speaks(capfd, monkeypatch, options):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["work", "3", *options]) == 0
+    assert "worked 3" not in (out := capfd.readouterr().out) and "loss" not in out
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["work", "3", *options]) == 0
+    assert ("worked 3" in (out := capfd.readouterr().out)) != ("loss" in out)
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "words"),
     [

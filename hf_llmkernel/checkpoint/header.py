@@ -15,6 +15,7 @@ import torch
 LENGTH_BYTES = 8
 LARGEST_HEADER = 100_000_000  # the library's own limit
 ALIGNMENT = 8
+POINTER_START = b"version "
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -70,7 +71,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        start = file.read(LENGTH_BYTES)
+        if start == POINTER_START:
+            raise ValueError(f"{path}: is a pointer of Git LFS and not the file itself; fetch it by `git lfs pull`.")
+        length = int.from_bytes(start, "little")
         if size < LENGTH_BYTES or length > min(size - LENGTH_BYTES, LARGEST_HEADER):
             raise ValueError(f"{path}: {size} bytes are no safetensors file, or its start; fetch this file again.")
         table = _parse_table(path, file.read(length))

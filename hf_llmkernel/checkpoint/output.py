@@ -20,7 +20,7 @@ MARKER_TEXT = "An output folder of hf_llmkernel that is not finished; it can be 
 
 def check_output(path: str | Path) -> None:
     """Raises `ValueError` where something is in the way of an output folder; call it before long work."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"output={path}: exists and is not a folder; choose another name or remove it.")
     if path.is_dir() and any(path.iterdir()):
@@ -37,7 +37,7 @@ def _is_own(part: Path) -> bool:
 
 def part_folder(path: str | Path) -> Path:
     """The sibling folder in which an output is written: `<path>.part`."""
-    path = Path(path)
+    path = Path(path).expanduser()
     return path.with_name(f"{path.name}.part")
 
 
@@ -54,7 +54,7 @@ def output_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
     Raises:
         ValueError: something is in the way, or another process writes there now.
     """
-    path = Path(os.path.abspath(path))
+    path = Path(os.path.abspath(Path(path).expanduser()))
     check_output(path)
     part = part_folder(path)
     part.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _sync(entry: Path) -> None:
 
 def check_disk_space(path: str | Path, needed_bytes: int) -> None:
     """Raises `OSError` (ENOSPC) where the disk of `path`, which may not exist yet, has fewer bytes free than needed."""
-    existing = Path(os.path.abspath(path))
+    existing = Path(os.path.abspath(Path(path).expanduser()))
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

@@ -7,7 +7,9 @@ import typer
 
 
 def compress(
-    model: Annotated[str, typer.Argument(help="Folder, .gguf file or Hub id of a checkpoint that `convert` knows.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder, .gguf file or Hub id of a checkpoint that `convert` knows.")
+    ],
     recipe: Annotated[Path, typer.Option(help="Recipe, a .yaml or .json file.")],
     output: Annotated[Path | None, typer.Option(help="New folder to write.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print its plan.")] = False,

@@ -20,7 +20,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
 from ..convert.incoming import read_config_fields
-from ..convert.source import copy_companions, locate_source
+from ..convert.source import check_companions, copy_companions, locate_source
 from ..evaluate.clean_process import peak_bytes
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from . import processes
@@ -221,6 +221,7 @@ def family_folder(source: str | Path) -> Path | None:
 
 def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress: bool) -> Run:
     """The run, once everything that can be known before it has been checked."""
+    check_companions(source)
     reads = (tokenizer or load_tokenizer(source)) if recipe.needs_data or recipe.evaluation.source else None
     folder = ModelFolder(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype

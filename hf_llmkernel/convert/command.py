@@ -7,8 +7,10 @@ import typer
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Folder, .gguf file, or Hub id of a Llama, Mistral, Qwen2 or Qwen3.")],
-    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Folder, .gguf file, or Hub id of a Llama, Mistral, Qwen2 or Qwen3.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder to write.")],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the source's.")] = None,
     head: Annotated[
         str | None,
@@ -32,8 +34,8 @@ def convert(
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of an LLMKernel checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="New folder to write.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of an LLMKernel checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder to write.")],
     to: Annotated[str, typer.Option(help="llama, mistral, qwen2 or qwen3.")],
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
 ) -> dict[str, Any]:

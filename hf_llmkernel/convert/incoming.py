@@ -32,6 +32,7 @@ from .gguf_file import GGUFFile
 from .names import HEADS, Plan, Tensors, check_head, equal_tensors, head_of, plan_copies, tensors_of
 from .source import (
     Source,
+    check_companions,
     copy_companions,
     has_tokenizer,
     keep_generation_defaults,
@@ -95,6 +96,7 @@ def convert_checkpoint(
         OSError: no space, or the Hub cannot be reached.
     """
     started = time.monotonic()
+    output_dir = Path(output_dir).expanduser()
     check_output(output_dir)
     job = _prepare(source, head, dtype, gguf_file, revision, untie)
     with output_folder(output_dir) as folder:
@@ -182,6 +184,7 @@ def _open_source(found: Source) -> tuple[dict[str, Any], Tensors, str]:
             file.undo_permutation(heads, fields.get("num_key_value_heads", heads))
         return fields, file, str(found.gguf)
     path = found.folder / "config.json"
+    check_companions(found.folder)
     return read_config_fields(path), CheckpointReader(found.folder), str(path)
 
 

@@ -1,5 +1,6 @@
 """Where a checkpoint comes from (a folder, a GGUF file, or the Hub), and the files that travel with its weights."""
 
+import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -151,6 +152,17 @@ def copy_companions(source: Path, target: Path) -> list[str]:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
     return [str(name) for name in names]
+
+
+def check_companions(folder: Path) -> None:
+    """Raises `ValueError` for one that should be a JSON object and is cut short, or a pointer to what is elsewhere."""
+    for path in (folder / name for name in companions(folder) if name.suffix == ".json"):
+        try:
+            is_table = isinstance(json.loads(path.read_bytes()), dict)
+        except ValueError:  # of JSON and of UTF-8 alike
+            is_table = False
+        if not is_table:
+            raise ValueError(f"{path}: is no JSON object; fetch this file again.")
 
 
 def legacy_generation(fields: dict[str, Any]) -> dict[str, Any]:

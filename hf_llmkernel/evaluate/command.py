@@ -7,10 +7,9 @@ import typer
 
 PROMPT = "Explain in two sentences why the sky is blue."
 
+
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL", help="Folders or Hub ids; several make a table.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or Hub ids; several make a table.")],
     text: Annotated[
         str, typer.Option(help="bbc, bible, a .txt or .jsonl file, a folder of .txt files, or NAME:CONFIG:SPLIT.")
     ] = "bbc",

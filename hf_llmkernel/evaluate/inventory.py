@@ -97,7 +97,10 @@ def inspect(model: Any, verify: bool = False, progress: bool = True) -> Inventor
     config = read_config(folder)
     reader = CheckpointReader(folder)
     keys = reader.keys()
-    inventory = take_inventory(config, {key: (reader.shape(key), reader.dtype(key)) for key in keys})
+    try:
+        inventory = take_inventory(config, {key: (reader.shape(key), reader.dtype(key)) for key in keys})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     if verify:
         _verify(config, keys, lambda key: [reader.tensor(key)] if _is_mask(key) else reader.blocks(key), progress)
     size = sum(path.stat().st_size for path in {reader.file(key) for key in keys})

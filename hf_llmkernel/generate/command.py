@@ -20,8 +20,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
-    prompt: Annotated[str, typer.Argument(help="The text to continue, or the message to answer.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or the message to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, above 0 samples.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,

@@ -116,7 +116,7 @@ class LinearForm:
             ("scale_dtype", self.scale_dtype, SCALE_DTYPES),
             ("zero_point_dtype", self.zero_point_dtype, ZERO_POINT_DTYPES),
         ):
-            if value not in legal:
+            if value not in legal or type(value) is not type(legal[0]):  # 8.0 is no 8
                 raise ValueError(f"linear form: {name}={value!r} is not one of {list(legal)}; set one of these.")
         self._check_flags()
         self._check_numbers()
@@ -368,6 +368,8 @@ class LLMKernelConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`: every layer's shapes and forms are legal. Raises `ValueError` naming layer and value."""
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range={self.initializer_range}: must be a finite number, at least 0.")
         if self.init_scheme not in INIT_SCHEMES:
             raise ValueError(f"init_scheme={self.init_scheme!r} is not one of {list(INIT_SCHEMES)}.")
         if self.hidden_act not in ACT2CLS:
@@ -403,6 +405,8 @@ class LLMKernelConfig(PreTrainedConfig):
                 f"{where}: num_attention_heads={heads} must be a multiple of num_key_value_heads={key_value_heads}; "
                 "change either."
             )
+        if layer.head_dim % 2:
+            raise ValueError(f"{where}: head_dim={layer.head_dim} must be even, for rotary positions turn pairs.")
         if unknown := sorted(set(layer.skip or []) - set(SUBLAYERS)):
             raise ValueError(f"{where}: skip={unknown} is unknown; the sublayers are {list(SUBLAYERS)}.")
         shapes = layer.linear_shapes()

@@ -417,6 +417,8 @@ class PackedLinear(PackedWeight, nn.Linear):
 class PackedEmbedding(PackedWeight):
     """A lookup of the rows of a packed weight `[vocab_size, hidden_size]`."""
 
+    init_scheme = "normal"  # as of a dense embedding, whatever the linears' is
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         stored = self.stored()
         bitmask = self.form.sparsity == "bitmask"
@@ -436,7 +438,7 @@ class LowRankLinear(nn.Linear):
         a, b = form.factors
         self.a = build_linear(in_features, form.rank, a)
         self.b = build_linear(form.rank, out_features, b)
-        self.a.factor_of_rank = self.b.factor_of_rank = form.rank
+        self.a.factor_of = self.b.factor_of = (out_features, in_features, form.rank)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -463,7 +465,8 @@ class LowRankEmbedding(nn.Module):
         a, b = form.factors
         self.a = build_linear(embedding_dim, form.rank, a)
         self.b = build_embedding(num_embeddings, form.rank, b)
-        self.a.factor_of_rank = self.b.factor_of_rank = form.rank
+        self.a.factor_of = self.b.factor_of = (num_embeddings, embedding_dim, form.rank)
+        self.a.init_scheme = self.b.init_scheme = PackedEmbedding.init_scheme
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = self.b(input)  # [..., R]

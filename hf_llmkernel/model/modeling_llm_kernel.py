@@ -40,7 +40,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -48,7 +48,6 @@ from .configuration_llm_kernel import LinearForm, LLMKernelConfig
 from .linear_llm_kernel import (
     LowRankEmbedding,
     LowRankLinear,
-    PackedEmbedding,
     PackedWeight,
     build_embedding,
     build_linear,
@@ -56,6 +55,8 @@ from .linear_llm_kernel import (
     largest_mask,
     pack_weight,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class LLMKernelRMSNorm(nn.Module):
@@ -283,29 +284,35 @@ class LLMKernelDecoderLayer(GradientCheckpointingLayer):
         return hidden_states
 
 
-def initialize_weight(weight: torch.Tensor, scheme: str, std: float) -> None:
-    """Fills a weight `[O, I]` by a scheme of `LLMKernelConfig.init_scheme`.
+TRUNCATED_SPREAD = 0.8796  # standard deviation of a normal distribution cut at two of its own
 
-    Those with a given `std` draw from a distribution of that standard deviation (truncated at two of them); Xavier
-    (Glorot and Bengio 2010), Kaiming (He et al. 2015, arXiv 1502.01852) and orthogonal (Saxe et al. 2013, arXiv
-    1312.6120) follow from the shape.
+
+def initialize_weight(weight: torch.Tensor, scheme: str, std: float) -> None:
+    """Fills a weight `[O, I]` with the standard deviation `std`, by the distribution of a scheme.
+
+    A truncated normal one is cut at two of them; an orthogonal weight is scaled to it.
     """
     if scheme == "truncated_normal":
         init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-    elif scheme == "uniform":
+    elif scheme.endswith("uniform"):
         init.uniform_(weight, a=-(3**0.5) * std, b=3**0.5 * std)
-    elif scheme == "xavier_uniform":
-        init.xavier_uniform_(weight)
-    elif scheme == "xavier_normal":
-        init.xavier_normal_(weight)
-    elif scheme == "kaiming_uniform":
-        init.kaiming_uniform_(weight, nonlinearity="relu")
-    elif scheme == "kaiming_normal":
-        init.kaiming_normal_(weight, nonlinearity="relu")
     elif scheme == "orthogonal":
-        init.orthogonal_(weight)
+        init.orthogonal_(weight, gain=std * max(weight.shape) ** 0.5)
     else:
         init.normal_(weight, std=std)
+
+
+def scheme_std(scheme: str, std: float, out_features: int, in_features: int) -> float:
+    """The standard deviation that a scheme gives a dense weight `[O, I]`.
+
+    Xavier (Glorot and Bengio 2010), Kaiming (He et al. 2015, arXiv 1502.01852) and orthogonal (Saxe et al. 2013, arXiv
+    1312.6120) follow from the shape, all others are given `std`.
+    """
+    if scheme.startswith("xavier"):
+        return (2 / (out_features + in_features)) ** 0.5
+    if scheme.startswith("kaiming"):
+        return (2 / in_features) ** 0.5
+    return max(out_features, in_features) ** -0.5 if scheme == "orthogonal" else std
 
 
 COMPRESSED = (PackedWeight, LowRankLinear, LowRankEmbedding)
@@ -331,32 +338,43 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        std = self.config.initializer_range
-        depth = getattr(module, "residual_depth", None)
-        # CODEPATH: "depth_scaled" is for pretraining from scratch as GPT-2 did; converted checkpoints keep "normal".
-        if depth is not None and self.config.init_scheme == "depth_scaled":
-            std = std / (2 * depth) ** 0.5
-        if rank := getattr(module, "factor_of_rank", None):
-            std = (std / rank**0.5) ** 0.5  # so that the product of the two factors has the std asked for
         if isinstance(module, (LowRankLinear, LowRankEmbedding)):
             return  # its factors are initialized on their own
         if isinstance(module, PackedWeight):
-            self._init_packed(module, std)
+            self._init_packed(module)
         elif isinstance(module, nn.Linear):
-            initialize_weight(module.weight, self.config.init_scheme, std)
+            initialize_weight(module.weight, *self._init_spread(module))
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding) and hasattr(module, "factor_of"):
+            initialize_weight(module.weight, *self._init_spread(module))
         else:
             super()._init_weights(module)
 
-    def _init_packed(self, module: PackedWeight, std: float) -> None:
+    def _init_spread(self, module: nn.Module) -> tuple[str, float]:
+        """Scheme and standard deviation of a weight; of a factor, such that the product spreads as a dense weight."""
+        scheme = getattr(module, "init_scheme", self.config.init_scheme)
+        out_features, in_features, rank = getattr(module, "factor_of", None) or (
+            module.out_features,
+            module.in_features,
+            None,
+        )
+        std = scheme_std(scheme, self.config.initializer_range, out_features, in_features)
+        # CODEPATH: "depth_scaled" is for pretraining from scratch as GPT-2 did; converted checkpoints keep "normal".
+        if scheme == "depth_scaled" and (depth := getattr(module, "residual_depth", None)) is not None:
+            std = std / (2 * depth) ** 0.5
+        if rank is not None:
+            std = (std / ((TRUNCATED_SPREAD if scheme == "truncated_normal" else 1.0) * rank**0.5)) ** 0.5
+        return scheme, std
+
+    def _init_packed(self, module: PackedWeight) -> None:
         stored = {**module.stored(), **({} if module.bias is None else {"bias": module.bias})}
         if all(getattr(tensor, "_is_hf_initialized", False) for tensor in stored.values()):
             return
         if module.values.device.type == "meta":  # offloaded to disk, or a model that is all shapes
             return
         weight = torch.empty(module.out_features, module.in_features, device=module.values.device)
-        initialize_weight(weight, "normal" if isinstance(module, PackedEmbedding) else self.config.init_scheme, std)
+        initialize_weight(weight, *self._init_spread(module))
         mask = None if module.form.sparsity is None else largest_mask(weight, module.form)
         packed = pack_weight(weight if mask is None else weight * mask, module.form, mask)
         for name, tensor in stored.items():
@@ -379,6 +397,8 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         # The library casts whatever it reads to what the model holds: floating values to codes, codes to weights.
         if load_config.hf_quantizer is None:
             check_stored_types(model, state_dict, checkpoint_files or [])
+        elif quantized_weights(model):
+            keep_floating(model, load_config.hf_quantizer)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
@@ -412,6 +432,10 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         for name, tensor in self.state_dict().items():
             if is_whole(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name}: has values that are not finite; fetch or write the checkpoint again.")
+
+    def train(self, mode: bool = True):
+        guard_four_bit(self)  # nothing evaluates that was not told to
+        return super().train(mode)
 
     def _expand_parallel_plan(self, plan):
         # A low-rank linear is split in its factors; its own entry is that of the dense linears of other layers.
@@ -476,8 +500,8 @@ def check_stored_types(model: LLMKernelPreTrainedModel, state_dict: dict | None,
         types = wanted.get(name.removeprefix(body), (stored,))
         if stored not in types:
             raise ValueError(
-                f"{file}{name}: is stored as {stored}, and its form in config.json as {' or '.join(types)}; config.json "
-                "and the weight files are not of one checkpoint: fetch or write it again."
+                f"{file}{name}: is stored as {stored}, by its form in config.json it is {' or '.join(types)}; these "
+                "are not files of one checkpoint: fetch or write it again."
             )
 
 
@@ -491,7 +515,8 @@ def stored_types(state_dict: dict | None, files: list[str]) -> Iterator[tuple[st
     for file in filter(lambda file: str(file).endswith(".safetensors"), files):
         try:
             with safe_open(file, framework="pt") as tensors:
-                types = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+                names = tensors.keys()
+                types = {name: tensors.get_slice(name).get_dtype() for name in names}
         except SafetensorError as error:
             raise ValueError(f"{file}: {error}; the file is damaged, fetch or write it again.") from None
         for name, stored in types.items():
@@ -508,13 +533,91 @@ def refuse_keys(fault: str, keys: list[str]) -> None:
 
 
 def refuse_quantization_config(config: LLMKernelConfig) -> None:
-    """Raises `ValueError` where another quantizer, bitsandbytes say, is asked for on sparse or integer linears."""
-    packed = packed_names(config) if getattr(config, "quantization_config", None) is not None else []
-    if packed:
+    """Raises `ValueError` where another quantizer, bitsandbytes say, is asked for what it cannot do.
+
+    That is: quantizing sparse or integer linears, and settings of bitsandbytes that end with an error much later.
+    """
+    asked = getattr(config, "quantization_config", None)
+    if asked is None:
+        return
+    if packed := packed_names(config):
         raise ValueError(
             f"quantization_config: {packed[0]} is already stored sparse or integer; load without a "
             "quantization_config, or start from a dense or low-rank checkpoint."
         )
+    asked = asked if isinstance(asked, dict) else asked.to_dict()
+    for name, legal in BITSANDBYTES_SETTINGS.items():
+        if asked.get("load_in_4bit") and asked.get(name, legal[0]) not in legal:
+            raise ValueError(f"quantization_config: {name}={asked[name]!r} is not one of {list(legal)}.")
+
+
+BITSANDBYTES_SETTINGS = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_compute_dtype": ("float32", "bfloat16", "float16"),
+}
+
+
+def quantized_weights(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears of a model that bitsandbytes quantizes, by name."""
+    own = {name: module._parameters.get("weight") for name, module in model.named_modules()}
+    kinds = ("Params4bit", "Int8Params")  # by name, for bitsandbytes need not be installed
+    return {name: model.get_submodule(name) for name, weight in own.items() if type(weight).__name__ in kinds}
+
+
+def decodes_wrongly(linear: nn.Module) -> bool:
+    """Whether bitsandbytes computes something else than what it stores for a linear of this many inputs.
+
+    With AVX512 it decodes 4-bit rows as if each began a new block of 64, and torch's product of int8 matrices is
+    wrong for one column.
+    """
+    block = getattr(linear.weight, "blocksize", None)
+    return linear.in_features == 1 if block is None else linear.in_features % block != 0
+
+
+def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
+    """Makes linears plain again that should not be quantized, before they are loaded, and reports them.
+
+    These are the heads of tasks, as new ones are to be trained, tied ones, and those of `decodes_wrongly`, unless the
+    checkpoint has them quantized already.
+    """
+    linears = quantized_weights(model)
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    odd = [] if quantizer.pre_quantized else [name for name, module in linears.items() if decodes_wrongly(module)]
+    head = model.get_output_embeddings()
+    tasks = [name for name, module in model.named_children() if name in linears and module is not head]
+    kept = {*odd, *tasks, *(tied & linears.keys())}
+    for name in kept:
+        plain = linears[name]
+        with torch.device("meta"):
+            linear = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=model.dtype)
+        model.set_submodule(name, linear)
+    if odd:
+        logger.warning(
+            f"bitsandbytes: {len(odd)} linears stay {model.dtype}, for it would not compute what it stores; 4-bit takes "
+            f"in_features that 64 divides, int8 more than one: {', '.join(odd)}."
+        )
+    if kept:  # for whoever reads the configuration that is saved
+        body = f"{model.base_model_prefix}."
+        names = {name.removeprefix(body) for name in (*quantizer.modules_to_not_convert, *kept)}
+        quantizer.modules_to_not_convert = quantizer.quantization_config.llm_int8_skip_modules = sorted(names)
+
+
+def guard_four_bit(model: nn.Module) -> None:
+    """Keeps bitsandbytes from rewriting the stored 4-bit weights of this model.
+
+    On CPUs with AVX512-BF16 its linears repack them in place in the first forward that evaluates; what is saved, merged
+    or dequantized after that is another model, and shapes that 32 or 64 does not divide end with an error.
+
+    Raises:
+        ValueError: a linear whose inputs it would decode wrongly; `from_pretrained` leaves these floating.
+    """
+    for name, linear in quantized_weights(model).items():
+        linear.support_avx512bf16_for_cpu = False
+        if decodes_wrongly(linear) and linear.weight.device.type == "cpu":
+            raise ValueError(
+                f"{name}: in_features={linear.in_features}, with which bitsandbytes does not compute what it stores on "
+                "a CPU; load the floating checkpoint with a quantization_config, which leaves this linear floating."
+            )
 
 
 def packed_names(config: LLMKernelConfig) -> list[str]:

@@ -36,6 +36,16 @@ def test_a_full_disk_is_named(tmp_path):
         raise OSError(errno.EIO, "input/output")
 
 
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with output_folder("~/output") as folder:
+        assert folder == part_folder("~/output") == tmp_path / "output.part"
+    with pytest.raises(ValueError, match="is not a folder"):
+        (tmp_path / "file").touch()
+        check_output("~/file")
+    assert (tmp_path / "output").is_dir()
+
+
 def test_replaces_an_empty_folder(tmp_path):
     (tmp_path / "output").mkdir()
     with output_folder(tmp_path / "output") as folder:

@@ -113,6 +113,7 @@ DAMAGED = {
     "a gap": header_of({**F32, "data_offsets": [8, 24]}, data=24),
     "truncated": header_of(F32, data=15),
     "too long": header_of(F32, data=17),
+    "a pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 16\n",
 }
 
 

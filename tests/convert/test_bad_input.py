@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty shard": (lambda f: os.truncate(shards(f)[0], 0), r"model-00001-of-.*: 0 bytes are no safetensors file"),
     "a large file's pointer": (
         lambda f: shards(f)[0].write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
-        r"model-00001-of-.*no safetensors file.*; fetch",
+        r"model-00001-of-.*pointer of Git LFS.*; fetch",
     ),
     "header that is no JSON": (
         lambda f: shards(f)[0].write_bytes((16).to_bytes(8, "little") + b"not JSON at all " + bytes(100)),
@@ -238,6 +238,17 @@ def test_bad_options(tmp_path, sound, option):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(sound, tmp_path / "output", **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["{", "[1]", "version https://git-lfs.github.com/spec/v1"])
+def test_a_companion_that_is_no_json_object_is_named(tmp_path, name, content):
+    source = tmp_path / "source"
+    save_stock(source)
+    (source / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: is no.*JSON.*fetch this file again"):
+        convert_checkpoint(source, tmp_path / "output")
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_cast_that_overflows(tmp_path, sound):

@@ -23,6 +23,8 @@ SMALL = {
     [
         ({"rang": 8}, "unknown keys ['rang']"),
         ({"bits": 5}, "bits=5"),
+        ({"bits": 8.0}, "bits=8.0"),
+        ({"version": True}, "version=True"),
         ({"rank": 0}, "rank=0"),
         ({"rank": True}, "rank=True"),
         ({"rank": 4, "bits": 8}, "belong to the factors"),
@@ -116,6 +118,8 @@ def test_two_of_four_bf16_takes_at_most_057_of_its_dense_bytes():
         ({"per_layer_config": {"1": {"width": 32}}}, "per_layer_config[1]: 'width' is not a layer's own"),
         # transformers' view of a layer would take the global one for nothing.
         ({"per_layer_config": {1: {"intermediate_size": 32}}, "skip": ["mlp"]}, "skip=['mlp']: is read in per_layer_c"),
+        ({"head_dim": 1}, "layer 0: head_dim=1 must be even"),
+        ({"initializer_range": -0.1}, "initializer_range=-0.1: must be a finite number"),
         ({"sliding_window": 0}, "sliding_window=0: must be at least 1"),
         ({"pad_token_id": 10**6}, "pad_token_id=1000000: must be below vocab_size="),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0: must be at least 1"),

@@ -262,6 +262,18 @@ def test_compressed_forms_are_initialized_like_dense_ones(form):
         assert model(tokens()).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("scheme", INIT_SCHEMES)
+def test_a_low_rank_product_spreads_as_the_dense_weight(scheme):
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 512, "init_scheme": scheme}
+    forms = {"up_proj": {"rank": 64}, "down_proj": {"rank": 64, "a": {"bits": 8}}}
+    dense, model = build(**sizes), build(**sizes, linear_forms=forms, embed_tokens_form={"rank": 64})
+    for name in ("mlp.up_proj", "mlp.down_proj"):
+        expected = dense.model.layers[1].get_submodule(name).weight.std().item()
+        assert model.model.layers[1].get_submodule(name).weight.std().item() == pytest.approx(expected, rel=0.05)
+    rows = model.model.embed_tokens(torch.arange(512))
+    assert rows.std().item() == pytest.approx(dense.model.embed_tokens.weight.std().item(), rel=0.05)
+
+
 @pytest.fixture
 def saved(tmp_path):
     model = build(linear_forms=MIXED, tie_word_embeddings=True, embed_tokens_form=INT8)
