@@ -60,20 +60,20 @@ RECIPES: dict[str, list[Any]] = {
 }
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(recipes: dict[str, list[Any]], description: str | None) -> None:
+    arguments = parse_arguments(recipes, description)
     results = json.loads(arguments.output.read_text())["results"] if arguments.output.is_file() else {}
-    for name in arguments.only or [name for name in RECIPES if name not in results]:
-        results[name] = run_recipe(arguments, RECIPES[name])
+    for name in arguments.only or [name for name in recipes if name not in results]:
+        results[name] = run_recipe(arguments, recipes[name])
         print(f"{name}: {json.dumps(results[name]['perplexity_ratio'])}", file=sys.stderr)
         write(arguments, results)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(recipes: dict[str, list[Any]], description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=recipes, metavar="NAME")
     parser.add_argument("--text", default="bbc")
     parser.add_argument("--second-text", default="bible")
     parser.add_argument("--samples", type=int, default=64)
@@ -145,4 +145,4 @@ def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(RECIPES, __doc__)

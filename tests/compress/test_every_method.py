@@ -29,6 +29,7 @@ MODELS = {"decoder": lambda folder: save_tiny(folder, num_hidden_layers=2, atten
 FFN, HEADS = {"ratio": 0.25, "align": 16}, {"ratio": 0.5}
 INT8, INT4 = {"quantize": {"bits": 8, "group_size": 16}}, {"quantize": {"bits": 4, "group_size": 16}}
 
+FLOATING_ZEROS = {"symmetric": False, "zero_point_dtype": "float16"}
 
 PRUNING = [
     {"method": "magnitude", "update": "none"},
@@ -72,6 +73,10 @@ RUNS = {
         {"bits": 8, "group_size": None, "symmetric": False},
         {"bits": 4, "group_size": 16},
         {"bits": 4, "group_size": 24, "symmetric": False},
+        {"bits": 4, "group_size": 24, "embeddings": True, "method": "hqq", **FLOATING_ZEROS},
+        {"bits": 4, "group_size": 16, "method": "gptq", "act_order": True, "scale_search": True},
+        {"bits": 8, "group_size": 24, "method": "gptq", "symmetric": False, "scale_dtype": "bfloat16"},
+        {"bits": 4, "group_size": 16, "embeddings": True, "method": "coordinate_descent", **FLOATING_ZEROS},
     ],
     "search": [
         {"choices": [[INT8], [INT4]], "bytes": 0.24},
@@ -82,7 +87,13 @@ RUNS = {
 # Values that must be covered beside those that a stage's module lists.
 VALUES = {
     "sparsify": {"pattern": {"unstructured", "2:4"}},
-    "quantize": {"bits": {4, 8}, "symmetric": {True, False}, "embeddings": {True, False}},
+    "quantize": {
+        "bits": {4, 8},
+        "symmetric": {True, False},
+        "embeddings": {True, False},
+        "scale_dtype": {"float16", "bfloat16"},
+        "zero_point_dtype": {"uint8", "float16"},
+    },
 }
 # What every stage cannot do, and the beginning of what it says: of a dense model, or of one whose linears are int8.
 REFUSED = {
@@ -104,7 +115,8 @@ COMPOSED = [
     {"sparsify": {"sparsity": 0.4}},
     {"quantize": {"bits": 8, "group_size": 16, "embeddings": True}},
 ]
-SECOND = [{"sparsify": {"sparsity": 0.5, "method": "wanda"}}, INT4]  # on what the first factorize run wrote
+DESCENT = {"quantize": {"bits": 4, "group_size": 16, "method": "coordinate_descent"}}
+SECOND = [{"sparsify": {"sparsity": 0.5, "method": "wanda"}}, DESCENT]  # on what the first factorize run wrote
 IDS = torch.arange(40).view(2, 20) % 90
 CASES = [(name, number) for name in sorted(RUNS) for number in range(len(RUNS[name]))]
 

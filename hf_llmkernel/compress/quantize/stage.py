@@ -1,22 +1,76 @@
 """`quantize`: matrices as integers in groups that share a scale.
 
-`rtn` rounds every weight to the nearest point of its group's grid. It needs no data. A sparse matrix keeps its mask, a
-low-rank linear becomes one of integer factors.
+A method chooses the grid of every group and the integers on it. `rtn` and `hqq` need no data; `gptq` and
+`coordinate_descent` look at what enters a matrix. A sparse matrix keeps its mask, a low-rank linear becomes one of
+integer factors.
+
+Reading order: methods -> settings and their checks -> the plan -> the work on a matrix, and on the embedding and head.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ...model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ...model.linear_llm_kernel import pack_weight
-from ..block import Block, matrix_form, set_form
+from ..block import Block, matrix_form, matrix_shape, set_form
 from ..inputs import InputStatistic
 from ..registry import register
+from ..sparsify.reconstruction import reconstruction_loss
 from ..stage import MatrixStage, refuse_form
+from .coordinate_descent import coordinate_descent
+from .gptq import DAMPENING, Rounded, gptq
+from .grid import grid_of
+from .hqq import hqq
 
-METHODS = ("rtn",)
+
+class Task(NamedTuple):
+    """A weight `[O, I]` to round, the form it gets, which of it stays, the stage, and XᵀX where the method needs it."""
+
+    weight: torch.Tensor
+    form: LinearForm
+    mask: torch.Tensor | None
+    stage: "Quantize"
+    gram: torch.Tensor = torch.empty(0)
+
+
+class Method(NamedTuple):
+    """Whether a method looks at the inputs, which settings it has, what it costs to solve, and what it makes."""
+
+    needs_data: bool
+    settings: tuple[str, ...]
+    solve_products: float
+    round: Callable[[Task], Rounded]
+
+
+def _round_to_nearest(task: Task) -> Rounded:
+    weight, form, mask, stage, _ = task
+    importance = None
+    if stage.scale_search or stage.needs_data:  # of an embedding no inputs are known: every error counts alike
+        importance = torch.ones_like(weight) if mask is None else mask.float()
+    grid = grid_of(weight, form, importance)
+    rounded = grid.nearest(weight)
+    return Rounded(rounded if mask is None else rounded * mask, grid, 0.0)
+
+
+def _gptq(task: Task) -> Rounded:
+    weight, form, mask, stage, gram = task
+    settings = {name: getattr(stage, name) for name in METHODS["gptq"].settings}
+    return gptq(weight, gram, form, mask, **settings)
+
+
+METHODS = {
+    "rtn": Method(False, ("scale_search",), 0.5, _round_to_nearest),
+    "hqq": Method(False, (), 2.0, lambda t: hqq(t.weight, t.form, t.mask)),
+    "gptq": Method(True, ("scale_search", "act_order", "static_groups", "dampening"), 24.0, _gptq),
+    "coordinate_descent": Method(
+        True, ("dampening",), 80.0, lambda t: coordinate_descent(t.weight, t.gram, t.form, t.mask, t.stage.dampening)
+    ),
+}
+FLAGS = ("symmetric", "scale_search", "act_order", "static_groups")
 
 
 @register("quantize")
@@ -24,17 +78,33 @@ METHODS = ("rtn",)
 class Quantize(MatrixStage):
     """Stores matrices as integers.
 
+    The embedding and the head, where `embeddings` takes them in, are rounded to nearest, by `"hqq"` as it rounds.
+
     Args:
         bits: 8 or 4.
-        group_size: columns that share a scale; `None` is one scale a row.
+        group_size: columns that share a scale; `None` is one scale a row. One that does not divide the columns leaves
+            a short last group, which is reported.
         symmetric: a grid around zero; else zero points are stored too.
-        method: `"rtn"`, round to nearest.
+        scale_dtype: `"float16"`, `"bfloat16"` or `"float32"`.
+        zero_point_dtype: `"uint8"`, or one of those.
+        method: `"rtn"`, round to nearest; `"hqq"`, on zero points of least l_p error; `"gptq"`, column by column, each
+            making up for those before it; `"coordinate_descent"`, from there on to integers and grids of least error.
+        scale_search: of `"rtn"` and `"gptq"`: scales of least error, where the whole range gives them by default.
+        act_order: of `"gptq"`: columns in the order of their inputs' energy, which takes static groups.
+        static_groups: of `"gptq"`: scales of the weights before any was rounded.
+        dampening: of the Gram matrix, relative to the mean of its diagonal.
     """
 
     bits: int
     group_size: int | None = 64
     symmetric: bool = True
+    scale_dtype: str = "float16"
+    zero_point_dtype: str = "uint8"
     method: str = "rtn"
+    scale_search: bool = False
+    act_order: bool = False
+    static_groups: bool = False
+    dampening: float = DAMPENING
 
     takes_embeddings = True
 
@@ -44,25 +114,81 @@ class Quantize(MatrixStage):
             raise ValueError(f"bits={self.bits!r}: must be 8 or 4.")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: must be one of {list(METHODS)}.")
-        _ = self.form  # whose own rules hold for group_size and symmetric
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false.")
+        if not isinstance(self.dampening, int | float) or not 0 <= self.dampening < math.inf:
+            raise ValueError(f"dampening={self.dampening!r}: must be a number of at least 0; 0.01 is the default.")
+        self._check_zero_points()
+        self._check_settings()
+        _ = self.form  # whose own rules hold for the rest
+
+    def _check_zero_points(self) -> None:
+        if self.symmetric and self.zero_point_dtype != "uint8":
+            raise ValueError(f"zero_point_dtype={self.zero_point_dtype!r}: has no use; set symmetric to false too.")
+        if self.method == "hqq" and (self.symmetric or self.zero_point_dtype == "uint8"):
+            raise ValueError(
+                f"method='hqq': moves floating zero points, with symmetric={self.symmetric} and zero_point_dtype="
+                f"{self.zero_point_dtype!r} there are none; set symmetric to false and zero_point_dtype to 'float16'."
+            )
+
+    def _check_settings(self) -> None:
+        own = METHODS[self.method].settings
+        for name in ("scale_search", "act_order", "static_groups", "dampening"):
+            if name not in own and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                takers = [method for method, entry in METHODS.items() if name in entry.settings]
+                raise ValueError(f"{name}={getattr(self, name)!r}: method={self.method!r} has no such; {takers} do.")
 
     @property
     def form(self) -> LinearForm:
         """What a dense matrix becomes."""
-        return LinearForm(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return self._integer(LinearForm())
 
     def _integer(self, form: LinearForm) -> LinearForm:
-        return replace(form, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return replace(
+            form,
+            bits=self.bits,
+            group_size=self.group_size,
+            symmetric=self.symmetric,
+            scale_dtype=self.scale_dtype,
+            zero_point_dtype=self.zero_point_dtype,
+        )
+
+    @property
+    def needs_data(self) -> bool:
+        return METHODS[self.method].needs_data
+
+    @property
+    def statistic(self) -> str:
+        return "gram"
+
+    @property
+    def solve_products(self) -> float:
+        return METHODS[self.method].solve_products
 
     def plan_matrix(self, layer: LLMKernelConfig, name: str, target: Any) -> dict[str, Any]:
         form = matrix_form(layer, name)
         if form.bits < 16:
             refuse_form("quantize", layer, name, "quantized already: exclude it, or start from a float checkpoint.")
         set_form(layer, name, self._integer(form))
-        return {}
+        rest = matrix_shape(layer, name)[1] % (self.group_size or 1)
+        return {"last_group_size": rest} if rest else {}
 
     def change(self, block: Block, name: str, inputs: InputStatistic | None, target: Any) -> None:
-        block.store(name, block.weight(name), self._integer(block.form(name)), mask=block.mask(name))
+        weight, mask, form = block.weight(name), block.mask(name), self._integer(block.form(name))
+        task = Task(weight, form, mask, self)
+        if inputs is not None and self.needs_data:
+            task = task._replace(gram=inputs.gram)
+        try:
+            made = METHODS[self.method].round(task)
+        except ValueError as error:
+            raise ValueError(f"{block.path(name)}: {error}") from None
+        if self.needs_data:
+            raised = {"dampening": made.dampening} if made.dampening > self.dampening else {}
+            loss = reconstruction_loss(weight, made.weight, task.gram)
+            block.note(stage=self.name, matrix=name, loss=loss, **raised)
+        _, scales, zero_points = made.grid
+        block.store(name, made.weight, form, mask=mask, scales=scales, zero_points=zero_points)
 
     def plan_top(self, config: LLMKernelConfig) -> None:
         if not self.embeddings:
@@ -73,4 +199,6 @@ class Quantize(MatrixStage):
             setattr(config, name, self.form.to_dict())
 
     def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        return pack_weight(weight, self.form)
+        method = METHODS["rtn" if self.needs_data else self.method]
+        rounded, grid, _ = method.round(Task(weight, self.form, None, self))
+        return pack_weight(rounded, self.form, scales=grid.scales, zero_points=grid.zero_points)

@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from hf_llmkernel.compress.block import SITES, Block, module_path
+from hf_llmkernel.compress.inputs import InputStatistic
+from hf_llmkernel.compress.quantize.coordinate_descent import coordinate_descent
+from hf_llmkernel.compress.quantize.gptq import gptq
 from hf_llmkernel.compress.quantize.stage import Quantize
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from hf_llmkernel.model.linear_llm_kernel import unpack_weight
 from hf_llmkernel.model.modeling_llm_kernel import LLMKernelDecoderLayer
 
 from ..conftest import TINY
@@ -92,6 +96,110 @@ def test_a_sparse_matrix_keeps_its_mask(block):
     expected = nearest_on_grid(weight * mask, 4, 16)
     torch.testing.assert_close(block.weight("up_proj"), expected, rtol=1e-6, atol=1e-7)
     block.check()
+
+
+def inputs(width: int) -> InputStatistic:
+    """The statistic of 300 correlated inputs."""
+    generator = torch.Generator().manual_seed(2)
+    statistic = InputStatistic("gram")
+    statistic.add(torch.randn(300, width, generator=generator) @ torch.randn(width, width, generator=generator))
+    return statistic
+
+
+def test_scales_and_zero_points_have_the_dtypes_asked_for(block):
+    apply(Quantize(bits=4, group_size=16, scale_dtype="bfloat16", include=["q_proj"]), block)
+    zeros = {"symmetric": False, "zero_point_dtype": "float16"}
+    apply(Quantize(bits=4, group_size=16, include=["k_proj"], **zeros), block)
+    apply(Quantize(bits=8, group_size=16, include=["v_proj"], symmetric=False), block)
+    stored = {name.removeprefix("self_attn."): tensor.dtype for name, tensor in block.tensors.items()}
+    assert stored["q_proj.scales"] == torch.bfloat16 and "q_proj.zero_points" not in stored
+    assert (stored["k_proj.scales"], stored["k_proj.zero_points"]) == (torch.float16, torch.float16)
+    assert (stored["v_proj.scales"], stored["v_proj.zero_points"]) == (torch.float16, torch.uint8)
+    block.check()
+
+
+@pytest.mark.parametrize("group, rest", [(16, None), (24, 8), (128, 32), (None, None)])
+def test_a_group_size_that_does_not_divide_is_reported(block, group, rest):
+    stage = Quantize(bits=4, group_size=group, include=["q_proj"])
+    assert stage.plan(copy.deepcopy(block.layer)) == {
+        "matrices": ["q_proj"],
+        **({} if rest is None else {"last_group_size": rest}),
+    }
+    apply(stage, block)
+    block.check()
+
+
+@pytest.mark.parametrize("method, solve", [("gptq", gptq), ("coordinate_descent", coordinate_descent)])
+def test_methods_with_data_keep_masks_and_tell_what_they_lost(block, method, solve):
+    weight = block.weight("up_proj")
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    block.store("up_proj", weight * mask, LinearForm(sparsity="bitmask", nnz=int(mask.sum())), mask=mask)
+    stage = Quantize(bits=4, group_size=16, method=method, include=["up_proj"])
+    statistic = inputs(weight.shape[1])
+    assert stage.needs(block.layer) == {"mlp_input": "gram"}
+    stage.apply(block, "mlp_input", statistic)
+    expected = solve(weight * mask, statistic.gram, LinearForm(bits=4, group_size=16), mask)
+    torch.testing.assert_close(block.weight("up_proj"), expected.weight, rtol=1e-5, atol=1e-7)
+    assert torch.equal(block.mask("up_proj"), mask)
+    (note,) = block.notes
+    assert (note["stage"], note["matrix"]) == ("quantize", "up_proj") and 0 < note["loss"] < 0.05
+    block.check()
+
+
+def test_the_second_factor_is_rounded_for_what_the_first_one_puts_out(block):
+    weight = block.weight("up_proj")
+    block.factorize("up_proj", weight[:8], torch.randn(64, 8, generator=torch.Generator().manual_seed(1)))
+    b, statistic = block.weight("up_proj.b"), inputs(weight.shape[1])
+    stage = Quantize(bits=4, group_size=4, method="gptq", include=["up_proj"])
+    stage.apply(block, "mlp_input", statistic)
+    expected = gptq(b, statistic.through(block.weight("up_proj.a")).gram, LinearForm(bits=4, group_size=4))
+    torch.testing.assert_close(block.weight("up_proj.b"), expected.weight, rtol=1e-5, atol=1e-7)
+
+
+def test_dampening_that_was_raised_is_told(block):
+    statistic = inputs(32)
+    statistic._gram[0] = 0
+    statistic._gram[0, 0] = -0.5 * float(statistic.gram.diagonal().mean())
+    Quantize(bits=4, group_size=16, method="gptq", include=["q_proj"]).apply(block, "attention_input", statistic)
+    assert block.notes[0]["dampening"] == pytest.approx(1.0)
+
+
+def test_a_fault_of_a_method_names_the_matrix(block):
+    statistic = inputs(32)
+    statistic._gram[0, 0] = float("inf")
+    stage = Quantize(bits=4, group_size=16, method="gptq", include=["q_proj"])
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: gram: .*not finite"):
+        stage.apply(block, "attention_input", statistic)
+
+
+@pytest.mark.parametrize(
+    "settings, fault",
+    [
+        ({"method": "hqq"}, "method='hqq': .*set symmetric to false and zero_point_dtype to 'float16'"),
+        ({"method": "hqq", "symmetric": False}, "method='hqq': .*zero_point_dtype='uint8'"),
+        ({"zero_point_dtype": "float16"}, "zero_point_dtype='float16': .*set symmetric to false"),
+        ({"act_order": True}, r"act_order=True: method='rtn' has no such; \['gptq'\] do"),
+        ({"method": "coordinate_descent", "scale_search": True}, "scale_search=True: .*'rtn', 'gptq'"),
+        ({"method": "gptq", "dampening": -1}, "dampening=-1: must be a number of at least 0"),
+        ({"scale_dtype": "int8"}, "scale_dtype='int8' is not one of"),
+        ({"static_groups": 1, "method": "gptq"}, "static_groups=1: must be true or false"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings, fault):
+    with pytest.raises(ValueError, match=fault):
+        Quantize(**{"bits": 4, **settings})
+
+
+def test_an_embedding_is_rounded_to_nearest_whatever_the_method():
+    weight = torch.randn(20, 32, generator=torch.Generator().manual_seed(3))
+    plain = Quantize(bits=4, group_size=16, embeddings=True)
+    searched = Quantize(bits=4, group_size=16, embeddings=True, method="gptq")
+    stored = [stage.apply_top("embed_tokens", weight) for stage in (plain, searched)]
+    errors = []
+    for tensors in stored:
+        assert tensors is not None
+        errors.append((unpack_weight(tensors, plain.form, 32, torch.float32) - weight).square().sum())
+    assert errors[1] < 0.98 * errors[0]
 
 
 @pytest.mark.parametrize(
