@@ -1,6 +1,6 @@
 """Checkpoints on disk: safetensors read and written as a stream, in output folders that appear whole or not at all."""
 
-from .output import check_disk_space, check_output, output_folder, part_folder
+from .output import check_disk_space, check_output, note_outcome, output_folder, part_folder, take_outcome
 from .reader import CheckpointReader, check_finite, is_finite
 from .writer import CheckpointWriter
 
@@ -9,8 +9,10 @@ __all__ = [
     "CheckpointWriter",
     "check_disk_space",
     "check_finite",
-    "is_finite",
     "check_output",
+    "is_finite",
+    "note_outcome",
     "output_folder",
     "part_folder",
+    "take_outcome",
 ]

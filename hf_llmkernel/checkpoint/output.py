@@ -23,6 +23,11 @@ def check_output(path: str | Path) -> None:
     path = Path(path).expanduser()
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"output={path}: exists and is not a folder; choose another name or remove it.")
+    if (path / MARKER).is_file():
+        raise ValueError(
+            f"output={path}: is complete, the run that wrote it was killed as it ended; remove {MARKER} in it and use it, "
+            "or choose another folder."
+        )
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output={path}: exists and is not empty; choose another folder or remove it.")
     part = part_folder(path)
@@ -42,7 +47,7 @@ def part_folder(path: str | Path) -> Path:
 
 
 @contextmanager
-def output_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
+def output_folder(path: str | Path, resume: bool = False, scratch: str | None = None) -> Iterator[Path]:
     """A folder to write into that becomes `path` when the block ends without an error, and else disappears.
 
     A run that was killed leaves `<path>.part`, which the next one clears, if it is this program's own.
@@ -50,6 +55,7 @@ def output_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
     Args:
         path: the final name; missing, or an empty folder.
         resume: keep an earlier run's `<path>.part` at the start, and this one's on an error.
+        scratch: name of a folder inside that is of use to an unfinished run alone; it goes once `path` is there.
 
     Raises:
         ValueError: something is in the way, or another process writes there now.
@@ -67,7 +73,7 @@ def output_folder(path: str | Path, resume: bool = False) -> Iterator[Path]:
             if not resume:
                 _clear(part)
             yield part
-            _publish(part, path)
+            _publish(part, path, scratch)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
                 error.filename = str(part)  # a write that fails does not say where
@@ -95,15 +101,44 @@ def _clear(part: Path) -> None:
             entry.unlink()
 
 
-def _publish(part: Path, path: Path) -> None:
+def _publish(part: Path, path: Path, scratch: str | None) -> None:
     check_output(path)
     for entry in (*part.rglob("*"), part):
-        _sync(entry)
+        if scratch is None or part / scratch not in (entry, *entry.parents):
+            _sync(entry)
     if path.is_dir():
         path.rmdir()
     os.rename(part, path)
-    (path / MARKER).unlink()
     _sync(path.parent)
+    _settle(path, scratch)
+
+
+def _settle(path: Path, scratch: str | None) -> None:
+    """Removes what the run alone needed, the mark last."""
+    if scratch is not None and (path / scratch).is_dir():
+        shutil.rmtree(path / scratch)
+    (path / MARKER).unlink()
+
+
+def note_outcome(part: Path, outcome: str) -> None:
+    """Keeps, in an output that is about to appear, what its run has to say: it may be killed before it says it."""
+    (part / MARKER).write_text(MARKER_TEXT + outcome, encoding="utf-8")  # which keeps the lock
+
+
+def take_outcome(path: str | Path, scratch: str | None = None) -> str | None:
+    """What the run that wrote `path` noted, where it was killed between its appearance and its end; ends it now.
+
+    Raises:
+        ValueError: that run has not been killed, but is ending.
+    """
+    path = Path(path).expanduser()
+    if not (path / MARKER).is_file():
+        return None
+    with (path / MARKER).open(encoding="utf-8") as marker:
+        _lock(marker, path)
+        outcome = marker.read().removeprefix(MARKER_TEXT)
+        _settle(path, scratch)
+    return outcome
 
 
 def _sync(entry: Path) -> None:

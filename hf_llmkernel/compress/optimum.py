@@ -8,6 +8,7 @@ Reading order: the config -> the recipe it stands for -> its checks -> the prune
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ WEIGHT_ALLOCATIONS = {"local": "uniform", "global": "owl"}
 GROUP_ALLOCATIONS = {"local": "uniform", "global": "global"}
 # Configs of other tools name them to be left alone, which they are.
 NEVER_PRUNED = ("lm_head", "embed_tokens")
+OF_TRAINING = ("start_step", "end_step", "pruning_frequency", "sparsity_decay_type")
 # What the base class writes beside a config's own entries.
 STAMPS = ("model_type", "transformers_version", "optimum_version")
 MEASURED = ("measured_sparsity", "measured_sparsity_by_op")
@@ -86,6 +88,11 @@ class LLMKernelPruningConfig(BaseConfig):
     measured_sparsity_by_op: dict[str, float] | None = None
 
     def __post_init__(self, **unknown: Any):
+        if names := sorted(set(unknown) & set(OF_TRAINING)):
+            raise ValueError(
+                f"pruning config: {names} are of pruning while training; give them to the Trainer callback "
+                "hf_llmkernel.GradualPruning."
+            )
         if names := sorted(set(unknown) - set(STAMPS)):
             raise ValueError(f"pruning config: unknown names {names}; the known ones are {setting_names()}.")
         dtype = self.dtype
@@ -238,8 +245,12 @@ class LLMKernelPruner(OptimumQuantizer):
         """
         config = _as_config(pruning_config)
         before = count_stored(self.model_or_path)
-        compress(self.model_or_path, config.to_recipe(), save_dir, self.tokenizer, progress)
-        return processes.on_first(lambda: _save_measured(config, before, save_dir, progress))
+        recipe, measured = config.to_recipe(), partial(_save_measured, config, before, progress)
+        compress(self.model_or_path, recipe, save_dir, self.tokenizer, progress, finish=measured)
+        reached = LLMKernelPruningConfig.from_pretrained(save_dir)
+        by_op = reached.measured_sparsity_by_op or {}
+        reached.measured_sparsity_by_op = {leaf: by_op[leaf] for leaf in LINEARS if leaf in by_op}  # a file sorts them
+        return reached
 
     def quantize(self, save_dir: str | Path, file_prefix: str | None = None, **kwargs: Any) -> Path:
         """Stores the linears as integers instead, which the base class asks for.
@@ -261,15 +272,12 @@ class LLMKernelPruner(OptimumQuantizer):
         return Path(save_dir)
 
 
-def _save_measured(
-    config: LLMKernelPruningConfig, before: Counter[str], save_dir: str | Path, progress: bool
-) -> LLMKernelPruningConfig:
-    """Writes a config beside the checkpoint it made, with what was reached there, and returns it."""
-    total, by_op = measure_sparsity(before, inspect(save_dir, verify=True, progress=progress).entries)
+def _save_measured(config: LLMKernelPruningConfig, before: Counter[str], progress: bool, folder: Path) -> None:
+    """Writes a config beside the checkpoint it made, with what was reached there."""
+    total, by_op = measure_sparsity(before, inspect(folder, verify=True, progress=progress).entries)
     asked = {name: getattr(config, name) for name in setting_names()}
     measured = LLMKernelPruningConfig(**asked, measured_sparsity=total, measured_sparsity_by_op=by_op)
-    measured.save_pretrained(save_dir)
-    return measured
+    measured.save_pretrained(folder)
 
 
 def _as_config(given: Any) -> LLMKernelPruningConfig:

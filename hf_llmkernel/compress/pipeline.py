@@ -6,8 +6,9 @@ Reading order: compress -> the checkpoint as a folder of this family -> phases (
 import hashlib
 import json
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +16,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointWriter, check_disk_space, check_output, output_folder, part_folder
+from ..checkpoint import (
+    CheckpointWriter,
+    check_disk_space,
+    check_output,
+    note_outcome,
+    output_folder,
+    part_folder,
+    take_outcome,
+)
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
@@ -77,10 +86,12 @@ def compress(
     tokenizer: Any = None,
     progress: bool = True,
     memory_bytes: int | None = None,
+    finish: Callable[[Path], None] | None = None,
 ) -> Compression:
     """Runs a recipe over a checkpoint and writes a new one that `from_pretrained` loads.
 
-    Interrupted (killed, out of disk), the same call goes on where it was and ends with the same bytes.
+    Interrupted (killed, out of disk), the same call goes on where it was and ends with the same bytes; the seconds of
+    all its attempts are added up.
 
     Under `torchrun`, on one file system, all processes make the same call; each runs its share of the calibration
     samples, and the first writes and measures.
@@ -94,6 +105,7 @@ def compress(
         tokenizer: for the texts; by default the checkpoint's own. One given is saved with the result.
         progress: whether to show bars on stderr.
         memory_bytes: a model larger than this is not loaded whole to measure its speed; by default what is available.
+        finish: is given the folder before it appears, whole but for the report, to write what else belongs in it.
 
     Raises:
         ValueError: bad input, naming the layer, file or setting and the remedy; nothing is written then.
@@ -102,14 +114,19 @@ def compress(
     recipe = Recipe.load(recipe)
     processes.join()
     progress = progress and processes.is_first()
+    identity = _identity(model_or_path, recipe)
+    if (ended := processes.on_first(lambda: _ended_run(output_dir, identity))) is not None:
+        return ended
     check_output(output_dir)
-    with _part(output_dir, model_or_path, recipe) as folder:
+    with _part(output_dir, identity, progress) as folder:
         work = folder / WORK
         source = processes.on_first(lambda: _family_checkpoint(model_or_path, tokenizer, work, progress))
         run = _prepare(source, recipe, tokenizer, work, progress)
         result = run.run()
         weight_bytes = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
         processes.on_first(lambda: plot_searches(run.outcome(), folder))
+        if finish is not None:
+            processes.on_first(lambda: finish(folder))
         (work / COMPLETE).touch()
         peak = peak_bytes()
         names = [_name(model_or_path), Path(output_dir).name]
@@ -118,47 +135,64 @@ def compress(
             lambda: measure(source, folder, recipe.evaluation, names, progress, memory_bytes)
         )
         measure_seconds = time.monotonic() - started
-        processes.on_first(lambda: _remove_work(work))
-    return Compression(
-        source=_name(model_or_path),
-        output=str(output_dir),
-        stages=run.outcome(),
-        notes=run.notes(),
-        weight_bytes=weight_bytes,
-        calibration_tokens=0 if run.ids is None else run.ids.numel(),
-        seconds=round(sum(run.clock.seconds.values()), 2),
-        seconds_by={name: round(value, 2) for name, value in run.clock.seconds.items()},
-        measure_seconds=round(measure_seconds, 2) if report else 0.0,
-        peak_memory_bytes=peak,
-        report=report,
-    )
+        compression = Compression(
+            source=names[0],
+            output=str(output_dir),
+            stages=run.outcome(),
+            notes=run.notes(),
+            weight_bytes=weight_bytes,
+            calibration_tokens=0 if run.ids is None else run.ids.numel(),
+            seconds=round(sum(run.clock.seconds.values()), 2),
+            seconds_by={name: round(value, 2) for name, value in run.clock.seconds.items()},
+            measure_seconds=round(measure_seconds, 2) if report else 0.0,
+            peak_memory_bytes=peak,
+            report=report,
+        )
+        if processes.is_first():
+            note_outcome(folder, json.dumps({"run": identity, "compression": compression.to_dict()}))
+    return compression
 
 
-@contextmanager
-def _part(output_dir: str | Path, model_or_path: Any, recipe: Recipe) -> Iterator[Path]:
-    """The unfinished output, taken up where it is of the same run; the first process makes it and makes it appear."""
-    identity = {
+def _identity(model_or_path: Any, recipe: Recipe) -> dict[str, Any]:
+    """What tells a run from another."""
+    return {
         "recipe": recipe.to_dict(),
         "source": _fingerprint(model_or_path),
         "calibration text": _fingerprint(recipe.calibration.source),
     }
-    _check_same_run(part_folder(output_dir) / WORK, identity)
+
+
+def _ended_run(output_dir: str | Path, identity: dict[str, Any]) -> Compression | None:
+    """What the same run did, where it was killed when its output was there already."""
+    outcome = json.loads(take_outcome(output_dir, WORK) or "null")
+    known = outcome is not None and outcome["run"] == identity and identity["source"] is not None
+    return Compression(**outcome["compression"]) if known else None
+
+
+@contextmanager
+def _part(output_dir: str | Path, identity: dict[str, Any], progress: bool) -> Iterator[Path]:
+    """The unfinished output, taken up where it is of the same run; the first process makes it and makes it appear."""
+    part = part_folder(output_dir)
+    _check_same_run(part / WORK, identity)
     processes.wait()
-    with _made_part(output_dir, identity) if processes.is_first() else nullcontext(part_folder(output_dir)) as folder:
+    with _made_part(output_dir, identity, progress) if processes.is_first() else nullcontext(part) as folder:
         processes.wait()
         yield folder
     processes.wait()
 
 
 @contextmanager
-def _made_part(output_dir: str | Path, identity: dict[str, Any]) -> Iterator[Path]:
+def _made_part(output_dir: str | Path, identity: dict[str, Any], progress: bool) -> Iterator[Path]:
     """The folder, with what tells the run.
 
     It stays where the run was interrupted, or ended by a fault of the machine. Bad input would end it again: it goes.
     """
-    with output_folder(output_dir, resume=True) as folder:
+    with output_folder(output_dir, resume=True, scratch=WORK) as folder:
         work = folder / WORK
-        if not (work / RUN_FILE).is_file() or identity["source"] is None:
+        if (work / RUN_FILE).is_file() and identity["source"] is not None:
+            if progress:
+                print(f"going on with the run that left {folder}", file=sys.stderr)
+        else:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(exist_ok=True)
         write_json(work / RUN_FILE, identity)
@@ -264,12 +298,6 @@ def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recip
     result.config.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
     return writer.total_bytes
-
-
-def _remove_work(work: Path) -> None:
-    """First the file that makes the next run take it up: it may be half of it by then."""
-    (work / RUN_FILE).unlink()
-    shutil.rmtree(work)
 
 
 def _name(model_or_path: Any) -> str:

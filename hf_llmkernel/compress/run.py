@@ -54,7 +54,7 @@ class Run:
         self.ids = ids
         self.work = work
         self.progress = progress
-        self.clock = Clock()
+        self.clock = Clock(work / "seconds.json")
         self._outcomes: list[dict[str, Any]] = []
 
     def run(self) -> ModelFolder:
@@ -133,6 +133,7 @@ class Run:
             decision = self.clock.time("survey", lambda: stage.decide(survey))
 
         def settle() -> dict[str, Any]:
+            self.clock.save()
             write_json(file, {**decisions, str(number): decision})
             shutil.rmtree(folder, ignore_errors=True)
             return decision

@@ -61,10 +61,16 @@ class Step:
 
 
 class Clock:
-    """Seconds by what they were spent on."""
+    """Seconds by what they were spent on; those that an interrupted run saved in `file` count too."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def save(self) -> None:
+        """Of several processes, the first one's."""
+        if processes.is_first():
+            write_json(self.file, self.seconds)
 
     def time(self, name: str, work: Callable[[], Any]) -> Any:
         """What `work` returns; its time is added under `name`."""
@@ -190,6 +196,7 @@ class Sweep:
                 for passed in (walk, reference):
                     if passed is not None:
                         passed.settle()
+                self.clock.save()
                 bar.update()
         for passed in (walk, reference):
             if passed is not None:

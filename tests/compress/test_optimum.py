@@ -185,7 +185,7 @@ def test_config_stands_for_a_recipe(settings, stage):
         ({**NEURONS, "op_names": ["up_proj"]}, "op_names=.*: neurons are removed from all linears"),
         ({**WEIGHTS, "op_names": "q_proj"}, "op_names='q_proj': must be a list"),
         ({**WEIGHTS, "align": 16}, "align=16: goes with pattern='neurons' alone"),
-        ({**WEIGHTS, "start_step": 0}, r"unknown names \['start_step'\]; the known ones are \['target_sparsity'"),
+        ({**WEIGHTS, "start_step": 0}, r"\['start_step'\] are of pruning while training; .*GradualPruning"),
         ({"target_sparsity": 0.5, "pruning_type": "wanda"}, "calibration.source=null: sparsify looks at activations"),
         ({**WEIGHTS, "recipe": {"stages": []}}, r"says all there is, but \['target_sparsity', 'pruning_type'\]"),
         ({"recipe": {"stages": [{"quantize": {"bits": 9}}]}}, "quantize: bits=9"),

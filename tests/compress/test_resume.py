@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_llmkernel import cli
+from hf_llmkernel.checkpoint import output
 from hf_llmkernel.compress import compress, disk, pipeline, run, sweep
 
 from .conftest import save_tiny
@@ -55,8 +57,8 @@ def whole(dense, recipe, tmp_path_factory):
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file; the mark of an unfinished folder, which a kill may leave in a finished one, apart."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != pipeline.MARKER)
+    """SHA-256 of every file."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -102,12 +104,13 @@ def test_wherever_it_is_killed_the_same_call_ends_with_the_same_bytes(tmp_path, 
     out = tmp_path / "run" / "out"
     out.parent.mkdir()
     with pictures(out, tmp_path) as taken:
-        compress(dense, recipe, out, progress=False)
+        uninterrupted = compress(dense, recipe, out, progress=False)
     assert digests(out) == whole
     assert len(taken) >= 50
     for moment, picture in taken.items():
-        if not (picture / "out").exists():  # else it was finished
-            compress(dense, recipe, picture / "out", progress=False)
+        result = compress(dense, recipe, picture / "out", progress=False)
+        assert result.to_dict().keys() == uninterrupted.to_dict().keys() and result.stages == uninterrupted.stages
+        assert {"survey"} <= result.seconds_by.keys() <= uninterrupted.seconds_by.keys(), moment
         assert digests(picture / "out") == whole, moment
         assert not (picture / "out.part").exists(), moment
         shutil.rmtree(picture)
@@ -116,6 +119,7 @@ def test_wherever_it_is_killed_the_same_call_ends_with_the_same_bytes(tmp_path, 
 KILLED = """
 import os, signal, sys
 from hf_llmkernel import cli
+from hf_llmkernel.checkpoint import output
 replace = os.replace
 def kill(source, target, **options):
     if str(target).endswith(sys.argv[1]):
@@ -166,20 +170,39 @@ def test_what_is_done_is_not_done_again(tmp_path, dense, recipe, whole, monkeypa
     assert result.weight_bytes == uninterrupted.weight_bytes
 
 
-def test_work_that_is_half_removed_is_not_taken_up(tmp_path, dense, recipe, whole, monkeypatch):
+def test_what_is_half_removed_when_the_output_is_there_is_removed_and_the_run_tells(
+    tmp_path, dense, recipe, whole, monkeypatch, capfd
+):
     remove = shutil.rmtree
 
-    def remove_in_another_order(path, **options):
-        if not (Path(path) / pipeline.COMPLETE).exists():  # another folder, or the remains of an earlier run
+    def remove_a_part(path, **options):
+        if path != tmp_path / "out" / "work":
             return remove(path, **options)
         for sweep_folder in path.glob("sweep-*"):
             remove(sweep_folder)
         raise Stopped
 
-    interrupted(monkeypatch, pipeline.shutil, "rmtree", dense, recipe, tmp_path / "out", remove_in_another_order)
-    assert (tmp_path / "out.part" / "work" / "plan.json").is_file()
-    compress(dense, recipe, tmp_path / "out", progress=False)
-    assert digests(tmp_path / "out") == whole
+    interrupted(monkeypatch, output.shutil, "rmtree", dense, recipe, tmp_path / "out", remove_a_part)
+    assert (tmp_path / "out" / "work" / "plan.json").is_file()
+    with pytest.raises(ValueError, match="out: is complete, the run that wrote it was killed as it ended; remove"):
+        output.check_output(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "output_folder", stop)
+        result = compress(dense, recipe, tmp_path / "out")
+    assert digests(tmp_path / "out") == whole and result.seconds > 0
+    with pytest.raises(ValueError, match="out: exists and is not empty"):
+        compress(dense, recipe, tmp_path / "out")
+
+
+def test_the_seconds_of_all_attempts_count_and_the_second_says_that_it_goes_on(
+    tmp_path, dense, recipe, monkeypatch, capfd
+):
+    interrupted(monkeypatch, pipeline, "_write_result", dense, recipe, tmp_path / "out")
+    saved = json.loads((tmp_path / "out.part" / "work" / "seconds.json").read_text())
+    assert "going on" not in capfd.readouterr().err
+    result = compress(dense, recipe, tmp_path / "out")
+    assert saved.keys() == result.seconds_by.keys() and 0 < sum(saved.values()) <= result.seconds + 0.05
+    assert f"going on with the run that left {tmp_path / 'out.part'}" in capfd.readouterr().err
 
 
 def test_another_recipe_source_or_text_is_named_and_the_part_stays(tmp_path, dense, recipe, text, whole, monkeypatch):
