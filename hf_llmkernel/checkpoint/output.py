@@ -25,8 +25,8 @@ def check_output(path: str | Path) -> None:
         raise ValueError(f"output={path}: exists and is not a folder; choose another name or remove it.")
     if (path / MARKER).is_file():
         raise ValueError(
-            f"output={path}: is complete, the run that wrote it was killed as it ended; remove {MARKER} in it and use it, "
-            "or choose another folder."
+            f"output={path}: is complete, the run that wrote it was killed as it ended; remove {MARKER} in it and use "
+            "it, or choose another folder."
         )
     if path.is_dir() and any(path.iterdir()):
         raise ValueError(f"output={path}: exists and is not empty; choose another folder or remove it.")

@@ -22,7 +22,6 @@ from ..convert.incoming import read_config_fields
 from ..convert.source import locate_source
 from ..evaluate.inventory import Entry, inspect
 from ..evaluate.layout import shape_config, slots, stored_values
-from . import processes
 from .block import SITES
 from .pipeline import compress
 from .prune.stage import METHODS as GROUP_METHODS

@@ -164,9 +164,9 @@ def _identity(model_or_path: Any, recipe: Recipe) -> dict[str, Any]:
 
 def _ended_run(output_dir: str | Path, identity: dict[str, Any]) -> Compression | None:
     """What the same run did, where it was killed when its output was there already."""
-    outcome = json.loads(take_outcome(output_dir, WORK) or "null")
-    known = outcome is not None and outcome["run"] == identity and identity["source"] is not None
-    return Compression(**outcome["compression"]) if known else None
+    outcome = json.loads(take_outcome(output_dir, WORK) or "{}")
+    same = identity["source"] is not None and outcome.get("run") == identity
+    return Compression(**outcome["compression"]) if same else None
 
 
 @contextmanager
