@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_llmkernel.compress.sparsify.gradual import GradualPruning, pack_zeros
     from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
     from hf_llmkernel.evaluate import Report, evaluate, inspect
+    from hf_llmkernel.generate.cache import IntegerCache
     from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
     from hf_llmkernel.model.modeling_llm_kernel import (
         LLMKernelForCausalLM,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "GradualPruning",
+    "IntegerCache",
     "LLMKernelConfig",
     "LLMKernelForCausalLM",
     "LLMKernelForQuestionAnswering",
@@ -62,6 +64,7 @@ _MODULE_OF = {
     "inspect": "hf_llmkernel.evaluate",
     "Report": "hf_llmkernel.evaluate",
     "preset_config": "hf_llmkernel.presets",
+    "IntegerCache": "hf_llmkernel.generate.cache",
     "LLMKernelPruner": "hf_llmkernel.compress.optimum",
     "LLMKernelPruningConfig": "hf_llmkernel.compress.optimum",
 }

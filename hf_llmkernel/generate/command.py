@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CACHES = {"full": None, "int8": 8, "int4": 4}
 
 
 def generate(
@@ -30,17 +31,20 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help=f"Compute dtype: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
+    cache: Annotated[str, typer.Option(help="Keys and values of past tokens: full, int8 or int4.")] = "full",
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
 
     Raises:
-        ValueError: `top_p` or `dtype` outside their range, or `chat` without a template.
+        ValueError: `top_p`, `dtype` or `cache` outside their range, or `chat` without a template.
         OSError: no such checkpoint.
     """
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1; 1 keeps every token.")
     if top_p < 1.0 and temperature == 0.0:
         raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
+    if cache not in CACHES:
+        raise ValueError(f"cache={cache}: must be one of {', '.join(CACHES)}.")
     network, tokenizer = load(model, dtype)
     inputs = encode_prompt(tokenizer, prompt, chat)
     if (highest := int(inputs["input_ids"].max())) >= network.config.vocab_size:
@@ -48,7 +52,11 @@ def generate(
             f"vocab_size={network.config.vocab_size}: the tokenizer made token {highest}, which the model does not "
             "have; use the model's own tokenizer."
         )
-    sampling = {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else GREEDY
+    sampling = {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else dict(GREEDY)
+    if (bits := CACHES[cache]) is not None:
+        from .cache import IntegerCache
+
+        sampling["past_key_values"] = IntegerCache(network.config, bits)
     tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=max_new_tokens, **sampling)
     return {
         "model": model,
@@ -59,6 +67,7 @@ def generate(
         "seconds": seconds,
         "prompt_tokens": inputs["input_ids"].shape[1],
         "dtype": str(network.dtype).removeprefix("torch."),
+        "cache": cache,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,
