@@ -395,15 +395,19 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # The library casts whatever it reads to what the model holds: floating values to codes, codes to weights.
-        if load_config.hf_quantizer is None:
+        quantizer, bitsandbytes = load_config.hf_quantizer, bool(quantized_linears(model))
+        if bitsandbytes:
+            keep_floating(model, quantizer)
+        if quantizer is None or (bitsandbytes and quantizer.pre_quantized):
             check_stored_types(model, state_dict, checkpoint_files or [])
-        elif quantized_weights(model):
-            keep_floating(model, load_config.hf_quantizer)
+        if bitsandbytes and quantizer.pre_quantized:
+            check_stored_quantized(model, state_dict, checkpoint_files or [])
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         super()._adjust_missing_and_unexpected_keys(loading_info)
         self._check_packed(loading_info)
+        check_quantized(self)
 
     def _check_packed(self, loading_info) -> None:
         """A compressed checkpoint loads whole or not at all: never with random values in place of missing ones."""
@@ -432,6 +436,15 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         for name, tensor in self.state_dict().items():
             if is_whole(tensor) and tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{name}: has values that are not finite; fetch or write the checkpoint again.")
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        if quantized_linears(self):  # the library cannot turn what it has read of them back into what it would write
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def dequantize(self, dtype=None):
+        # The library takes the configuration's, which is no dtype but its name once the model has been saved.
+        return super().dequantize(self.dtype if dtype is None else dtype)
 
     def train(self, mode: bool = True):
         guard_four_bit(self)  # nothing evaluates that was not told to
@@ -557,7 +570,7 @@ BITSANDBYTES_SETTINGS = {
 }
 
 
-def quantized_weights(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linears of a model that bitsandbytes quantizes, by name."""
     own = {name: module._parameters.get("weight") for name, module in model.named_modules()}
     kinds = ("Params4bit", "Int8Params")  # by name, for bitsandbytes need not be installed
@@ -580,7 +593,7 @@ def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
     These are the heads of tasks, as new ones are to be trained, tied ones, and those of `decodes_wrongly`, unless the
     checkpoint has them quantized already.
     """
-    linears = quantized_weights(model)
+    linears = quantized_linears(model)
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
     odd = [] if quantizer.pre_quantized else [name for name, module in linears.items() if decodes_wrongly(module)]
     head = model.get_output_embeddings()
@@ -593,13 +606,57 @@ def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
         model.set_submodule(name, linear)
     if odd:
         logger.warning(
-            f"bitsandbytes: {len(odd)} linears stay {model.dtype}, for it would not compute what it stores; 4-bit takes "
+            f"bitsandbytes: {len(odd)} linears stay {model.dtype}, it would not compute what it stores; 4 bits take "
             f"in_features that 64 divides, int8 more than one: {', '.join(odd)}."
         )
     if kept:  # for whoever reads the configuration that is saved
         body = f"{model.base_model_prefix}."
         names = {name.removeprefix(body) for name in (*quantizer.modules_to_not_convert, *kept)}
         quantizer.modules_to_not_convert = quantizer.quantization_config.llm_int8_skip_modules = sorted(names)
+
+
+def check_stored_quantized(model: LLMKernelPreTrainedModel, state_dict: dict | None, files: list[str]) -> None:
+    """Raises `ValueError` where a checkpoint lacks a tensor that bitsandbytes stores for a linear."""
+    body = f"{model.base_model_prefix}."
+    stored = {name.removeprefix(body) for _, name, _ in stored_types(state_dict, files)}
+    for name, linear in quantized_linears(model).items() if stored else ():
+        path, weight = name.removeprefix(body), linear.weight
+        if getattr(weight, "has_fp16_weights", False):
+            continue
+        suffixes = ["weight", "SCB"]
+        if type(weight).__name__ == "Params4bit":
+            kinds = ("absmax", "quant_map", f"quant_state.bitsandbytes__{weight.quant_type}")
+            suffixes = ["weight", *(f"weight.{kind}" for kind in kinds)]
+        for suffix in suffixes:
+            if f"{path}.{suffix}" not in stored:
+                refuse_quantized(f"{name}.{suffix}", "missing")
+
+
+def refuse_quantized(name: str, fault: str) -> None:
+    """Raises `ValueError` for a tensor of a checkpoint that bitsandbytes quantized."""
+    raise ValueError(
+        f"{name}: {fault}; the weight files and config.json, with its quantization_config, are not whole or not of one "
+        "checkpoint: fetch or write it again."
+    )
+
+
+def check_quantized(model: nn.Module) -> None:
+    """Raises `ValueError` where what bitsandbytes has loaded for a linear is not finite or not of its shape."""
+    for name, linear in quantized_linears(model).items():
+        weight, shape = linear.weight, (linear.out_features, linear.in_features)
+        if weight.device.type == "meta" or getattr(weight, "has_fp16_weights", False):
+            continue
+        if type(weight).__name__ == "Int8Params":
+            scales, whole = [weight.SCB], tuple(weight.shape) == shape
+        else:
+            state = weight.quant_state
+            scales = [state.offset, state.state2.absmax] if state.nested else [state.absmax]
+            halves = weight.numel() * weight.element_size()
+            whole = tuple(state.shape) == shape and halves == math.ceil(math.prod(shape) / 2)
+        if not whole:
+            refuse_quantized(name, f"has another shape in the weights than {list(shape)}")
+        if not all(scale.isfinite().all() for scale in scales):
+            refuse_quantized(name, "has scales that are not finite")
 
 
 def guard_four_bit(model: nn.Module) -> None:
@@ -611,7 +668,7 @@ def guard_four_bit(model: nn.Module) -> None:
     Raises:
         ValueError: a linear whose inputs it would decode wrongly; `from_pretrained` leaves these floating.
     """
-    for name, linear in quantized_weights(model).items():
+    for name, linear in quantized_linears(model).items():
         linear.support_avx512bf16_for_cpu = False
         if decodes_wrongly(linear) and linear.weight.device.type == "cpu":
             raise ValueError(
