@@ -6,10 +6,11 @@ The functions are imported when asked for, so that the command line starts witho
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .incoming import Conversion, convert_checkpoint
+    from .conversion import Conversion
+    from .incoming import convert_checkpoint
     from .outgoing import export_checkpoint
 
-_HOMES = {"Conversion": "incoming", "convert_checkpoint": "incoming", "export_checkpoint": "outgoing"}
+_HOMES = {"Conversion": "conversion", "convert_checkpoint": "incoming", "export_checkpoint": "outgoing"}
 
 
 def __getattr__(name: str):

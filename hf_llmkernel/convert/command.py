@@ -23,26 +23,37 @@ def convert(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")] = None,
     untie: Annotated[bool, typer.Option(help="Keep a head that differs from the embedding it is tied to.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
+    keep_integers: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-integers/--dequantize",
+            help="Of a quantized source, keep the integers or make floating weights; default: keep those of a "
+            "compressed-tensors folder, dequantize a GGUF file.",
+        ),
+    ] = None,
 ) -> dict[str, Any]:
     """Convert a checkpoint of a known family into an LLMKernel one; logits stay equal."""
     from .incoming import convert_checkpoint
 
     shard_bytes = parse_size(max_shard_size)
     return convert_checkpoint(
-        source, output, head, dtype, gguf_file, revision, untie, shard_bytes, progress=True
+        source, output, head, dtype, gguf_file, revision, untie, shard_bytes, True, keep_integers
     ).to_dict()
 
 
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of an LLMKernel checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder to write.")],
-    to: Annotated[str, typer.Option(help="llama, mistral, qwen2 or qwen3.")],
+    to: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, or compressed-tensors.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16, of what is floating; default: the checkpoint's.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
 ) -> dict[str, Any]:
-    """Export an LLMKernel checkpoint to a stock architecture, bit-equal, where its shapes allow."""
+    """Export an LLMKernel checkpoint to a format of other tools, bit-equal, where its shapes and forms allow."""
     from .outgoing import export_checkpoint
 
-    return export_checkpoint(model, output, to, parse_size(max_shard_size), progress=True).to_dict()
+    return export_checkpoint(model, output, to, parse_size(max_shard_size), True, dtype).to_dict()
 
 
 def render_convert(result: dict[str, Any]) -> str:
@@ -56,6 +67,7 @@ def render_convert(result: dict[str, Any]) -> str:
         lines.append("The source has no tokenizer, so the output has none.")
     if result["dropped"]:
         lines.append(f"Not written, for the model does not need them: {', '.join(result['dropped'])}")
+    lines += [f"Note: {note}." for note in result["notes"]]
     if result["ignored_fields"]:
         lines.append(f"Fields of config.json that its classes do not read: {', '.join(result['ignored_fields'])}")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ Reading order: the table -> a family's configuration into ours -> what stands in
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from .matrices import Matrix, matrices
 
 # Fields of the same name and meaning in every family and in ours.
 SHARED = (
@@ -158,8 +159,14 @@ def fields_without_meaning(fields: dict[str, Any], config: PreTrainedConfig) -> 
     return sorted(set(fields) - declared - WITHOUT_EFFECT)
 
 
-def to_llm_kernel(config: PreTrainedConfig, where: str) -> LLMKernelConfig:
-    """Our configuration of a stock one. Raises `ValueError` where its values contradict each other."""
+def to_llm_kernel(config: PreTrainedConfig, where: str, forms: dict[str, LinearForm] | None = None) -> LLMKernelConfig:
+    """Our configuration of a stock one. Raises `ValueError` where its values contradict each other.
+
+    Args:
+        config: of a known family.
+        where: it comes from, for messages.
+        forms: of matrices that are not dense, by their names without the prefix of the body.
+    """
     family = find_family(config.model_type, where)
     values = {name: getattr(config, name) for name in SHARED}
     values |= {name: getattr(config, name) for name in UNDECLARED if getattr(config, name, None) is not None}
@@ -172,6 +179,7 @@ def to_llm_kernel(config: PreTrainedConfig, where: str) -> LLMKernelConfig:
         values["sliding_window"] = config.sliding_window
     if family.window == "layers":
         values["layer_types"] = list(config.layer_types)
+    values |= _form_fields(forms or {}, config.num_hidden_layers)
     try:
         return LLMKernelConfig(**values)
     except CONFIG_ERRORS as error:
@@ -182,7 +190,30 @@ def _labels(config: PreTrainedConfig) -> dict[str, Any]:
     return {"id2label": dict(config.id2label), "label2id": dict(config.label2id or {})} if config.id2label else {}
 
 
-def obstacles(config: LLMKernelConfig, family: Family) -> Iterator[str]:
+def _form_fields(forms: dict[str, LinearForm], num_layers: int) -> dict[str, Any]:
+    """The fields of a configuration whose matrices have these forms: one table where all layers are alike."""
+    layers: list[dict[str, dict]] = [{} for _ in range(num_layers)]
+    fields: dict[str, Any] = {}
+    for path, form in forms.items():
+        if path in ("embed_tokens", "lm_head"):
+            fields[f"{path}_form"] = form.to_dict()
+        elif int(path.split(".")[1]) < num_layers:  # one of a layer that is not there is unexpected in the file
+            layers[int(path.split(".")[1])][path.rpartition(".")[2]] = form.to_dict()
+    if all(own == layers[0] for own in layers):
+        return fields | {"linear_forms": layers[0]}
+    return fields | {"per_layer_config": {index: {"linear_forms": own} for index, own in enumerate(layers)}}
+
+
+# What keeps the form of a matrix from being expressed, in words; `None` where nothing does.
+Unfit = Callable[[Matrix], str | None]
+
+
+def unfit_unless_dense(matrix: Matrix) -> str | None:
+    """The rule of the stock architectures."""
+    return None if matrix.form.is_dense else f"is stored {describe_form(matrix.form)}"
+
+
+def obstacles(config: LLMKernelConfig, family: Family, unfit: Unfit = unfit_unless_dense) -> Iterator[str]:
     """What of a configuration a stock family cannot express: layer, and form or field."""
     own = [
         f"layer {int(index)}: {name}={value!r} is its own, and all layers of {family.model_type} are alike"
@@ -191,7 +222,7 @@ def obstacles(config: LLMKernelConfig, family: Family) -> Iterator[str]:
         if name != "linear_forms"
     ]
     yield from own
-    yield from _form_obstacles(config)
+    yield from _form_obstacles(config, unfit)
     if own:
         return  # a field that differs by layer cannot be read for all of them
     if config.skip:
@@ -204,21 +235,17 @@ def obstacles(config: LLMKernelConfig, family: Family) -> Iterator[str]:
         yield f"layer {sliding[0]}: layer_types says 'sliding_attention', and {family.model_type} {rule}"
 
 
-def _form_obstacles(config: LLMKernelConfig) -> Iterator[str]:
-    for name, form in (("embed_tokens", config.embed_tokens_form), ("lm_head", config.lm_head_form)):
-        yield from _form_obstacle(name, LinearForm.from_dict(form), False)
+def _form_obstacles(config: LLMKernelConfig, unfit: Unfit) -> Iterator[str]:
+    usual = {"embed_tokens": False, "lm_head": False}
     for index, layer in enumerate(config.per_layer_config):
         plain = copy.copy(layer)
         plain.linear_forms = {}
-        for name in layer.linear_shapes():
-            yield from _form_obstacle(f"layer {index}, {name}", layer.linear_form(name), plain.linear_form(name).bias)
-
-
-def _form_obstacle(where: str, form: LinearForm, usual_bias: bool | None) -> Iterator[str]:
-    if not form.is_dense:
-        yield f"{where}: is stored {describe_form(form)}"
-    elif bool(form.bias) != bool(usual_bias):
-        yield f"{where}: bias={form.bias} is its own"
+        usual |= {f"layer {index}, {name}": bool(plain.linear_form(name).bias) for name in layer.linear_shapes()}
+    for matrix in matrices(config):
+        if reason := unfit(matrix):
+            yield f"{matrix.label}: {reason}"
+        elif bool(matrix.form.bias) != usual[matrix.label]:
+            yield f"{matrix.label}: bias={matrix.form.bias} is its own"
 
 
 def describe_form(form: LinearForm) -> str:
@@ -239,17 +266,24 @@ def _switch_obstacles(config: LLMKernelConfig, family: Family) -> Iterator[str]:
         yield f"all layers: attention_out_bias={config.attention_out_bias}, and {family.model_type} has {wanted}"
 
 
+def nearest_family(config: LLMKernelConfig, unfit: Unfit) -> Family:
+    """The stock family that expresses a configuration best: with fewest obstacles, the first of such."""
+    return min(FAMILIES.values(), key=lambda family: len(list(obstacles(config, family, unfit))))
+
+
+def refuse_obstacles(found: list[str], to: str, remedy: str) -> None:
+    """Raises `ValueError` naming the first obstacle, with layer and form or field, where there is one."""
+    if found:
+        others = f" ({len(found) - 1} more like it)" if len(found) > 1 else ""
+        raise ValueError(f"to={to}: {found[0]}{others}; {remedy}.")
+
+
 def to_stock(config: LLMKernelConfig, family: Family) -> PreTrainedConfig:
-    """The stock configuration of ours.
+    """The stock configuration of ours, whatever the forms of its matrices.
 
     Raises:
-        ValueError: an obstacle, the first of them named with layer and form or field.
+        ValueError: what the family's own class refuses.
     """
-    if found := list(obstacles(config, family)):
-        others = f" ({len(found) - 1} more like it)" if len(found) > 1 else ""
-        raise ValueError(
-            f"to={family.model_type}: {found[0]}{others}; export a checkpoint without it, or to a family that has it."
-        )
     values = {name: getattr(config, name) for name in (*SHARED, *family.own, "attention_dropout")}
     usual_head_dim = config.hidden_size // config.num_attention_heads
     if config.head_dim != usual_head_dim or "head_dim" in family.config_class().to_dict():

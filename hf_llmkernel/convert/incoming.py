@@ -4,31 +4,25 @@ Nothing is computed but a cast where one is asked for, so logits stay what they 
 tensor at a time.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from ..checkpoint import (
-    CheckpointReader,
-    CheckpointWriter,
-    check_disk_space,
-    check_output,
-    is_finite,
-    output_folder,
-)
+from ..checkpoint import CheckpointReader, check_output, output_folder
 from ..checkpoint.writer import SHARD_BYTES
 from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LLMKernelConfig
+from .compressed_folder import open_compressed
+from .compressed_tensors import METHOD, QuantizationConfig
+from .conversion import Conversion, check_dtype, count_parameters, write_tensors
 from .families import FAMILIES, fields_without_meaning, parse_stock_config, to_llm_kernel
 from .gguf_config import gguf_config
 from .gguf_file import GGUFFile
+from .matrices import Matrix, matrices
 from .names import HEADS, Plan, Tensors, check_head, equal_tensors, head_of, plan_copies, tensors_of
 from .source import (
     Source,
@@ -38,32 +32,9 @@ from .source import (
     keep_generation_defaults,
     legacy_generation,
     locate_source,
+    read_config_fields,
 )
 from .tokenizer import keep_tokenizer_class, save_gguf_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did; `to_dict` is what the command prints."""
-
-    source: str
-    output: str
-    family: str
-    architecture: str
-    dtype: str
-    parameters: int
-    bytes: int
-    files: list[str]
-    tokenizer: bool
-    dropped: list[str] = field(default_factory=list)
-    ignored_fields: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
 
 
 def convert_checkpoint(
@@ -76,6 +47,7 @@ def convert_checkpoint(
     untie: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
+    keep_integers: bool | None = None,
 ) -> Conversion:
     """Turns a Llama, Mistral, Qwen2 or Qwen3 checkpoint into one of this family, with equal logits.
 
@@ -90,6 +62,10 @@ def convert_checkpoint(
         untie: where the config ties the head but the file holds another one, keep both instead of raising.
         shard_bytes: most bytes of one file written.
         progress: whether to show a bar on stderr.
+        keep_integers: of a quantized source, keep the codes in this family's integer forms, bit-equal, or dequantize
+            them. By default those of a compressed-tensors folder are kept, for it is made from a floating checkpoint
+            that can be had instead; a GGUF file is often the only one, and what compresses and trains starts from
+            floating weights, so it is dequantized.
 
     Raises:
         ValueError: bad input, naming the file, key or field and the remedy.
@@ -98,7 +74,7 @@ def convert_checkpoint(
     started = time.monotonic()
     output_dir = Path(output_dir).expanduser()
     check_output(output_dir)
-    job = _prepare(source, head, dtype, gguf_file, revision, untie)
+    job = _prepare(source, head, dtype, gguf_file, revision, untie, keep_integers)
     with output_folder(output_dir) as folder:
         files = write_tensors(job.tensors, job.plan, folder, job.cast, shard_bytes, progress, "converting")
         tokenizer = _carry_over(job, folder)
@@ -109,7 +85,7 @@ def convert_checkpoint(
         family=job.stock.model_type,
         architecture=(job.config.architectures or [""])[0],
         dtype=str(job.config.dtype).removeprefix("torch."),
-        parameters=sum(count_values(job.tensors, key) for key in job.plan.copies.values()),
+        parameters=count_parameters(job.tensors, job.plan, job.config),
         bytes=sum((Path(output_dir) / name).stat().st_size for name in files),
         files=files,
         tokenizer=tokenizer,
@@ -125,7 +101,7 @@ def converted_config(source: str | Path) -> tuple[LLMKernelConfig, bool]:
     Raises:
         ValueError: what `convert_checkpoint` would refuse before it writes.
     """
-    config = _prepare(source, head=None, dtype=None, gguf_file=None, revision=None, untie=False).config
+    config = _prepare(source, head=None, dtype=None, gguf_file=None, revision=None, untie=False, keep=None).config
     return config, (config.architectures or [""])[0].endswith(HEADS["causal-lm"].suffix)
 
 
@@ -149,13 +125,15 @@ def _prepare(
     gguf_file: str | None,
     revision: str | None,
     untie: bool,
+    keep: bool | None,
 ) -> _Job:
     check_head(head)
-    cast = _dtype(dtype)
+    cast = check_dtype(dtype)
     found = locate_source(source, gguf_file, revision)
-    fields, tensors, where = _open_source(found)
+    fields, tensors, where, kept = _open_source(found, keep)
     stock = parse_stock_config(fields, where)
-    config = to_llm_kernel(stock, where)
+    config = to_llm_kernel(stock, where, {matrix.path: matrix.form for matrix in kept})
+    _check_shapes(config, kept, where)
     prefix = FAMILIES[stock.model_type].prefix
     kind = head or head_of(stock.architectures, prefix, tensors.keys(), where)
     if config.tie_word_embeddings and kind == "causal-lm":
@@ -167,38 +145,35 @@ def _prepare(
     return _Job(found, fields, tensors, stock, config, plan, cast)
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype={name}: is not one of {list(DTYPES)}; choose one, or leave it to the source.")
-    return None if name is None else DTYPES[name]
-
-
-def _open_source(found: Source) -> tuple[dict[str, Any], Tensors, str]:
-    """The fields of its config.json, its tensors, and what messages call the configuration."""
+def _open_source(found: Source, keep: bool | None) -> tuple[dict[str, Any], Tensors, str, list[Matrix]]:
+    """The fields of its config.json, its tensors, what messages call the configuration, and what is kept packed."""
     if found.gguf is not None:
         file = GGUFFile(found.gguf)
         fields = gguf_config(file)
         if file.metadata["general.architecture"] == "llama":
             heads = fields["num_attention_heads"]
             file.undo_permutation(heads, fields.get("num_key_value_heads", heads))
-        return fields, file, str(found.gguf)
+        return fields, file, str(found.gguf), []
     path = found.folder / "config.json"
     check_companions(found.folder)
-    return read_config_fields(path), CheckpointReader(found.folder), str(path)
+    fields, reader = read_config_fields(path), CheckpointReader(found.folder)
+    quantization = fields.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        return fields, reader, str(path), []
+    del fields["quantization_config"]
+    tensors, kept = open_compressed(reader, QuantizationConfig(quantization, str(path)), keep is not False)
+    return fields, tensors, str(path), kept
 
 
-def read_config_fields(path: Path) -> dict[str, Any]:
-    """The fields of a config.json. Raises `ValueError` where it is missing or is no table."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; give the folder of a checkpoint, with its config.json.")
-    try:
-        fields = json.loads(path.read_bytes())
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: is not valid JSON; fetch this file again.")
-    return fields
+def _check_shapes(config: LLMKernelConfig, kept: list[Matrix], where: str) -> None:
+    """Packed tensors of several widths have one shape: their matrix must be as wide as the configuration makes it."""
+    shapes = {matrix.path: matrix.shape for matrix in matrices(config)}
+    for matrix in kept:
+        if shapes.get(matrix.path, matrix.shape) != matrix.shape:
+            raise ValueError(
+                f"{matrix.label}: is packed as {list(matrix.shape)}, but {where} makes it "
+                f"{list(shapes[matrix.path])}; use the config.json and the weights of one checkpoint."
+            )
 
 
 def _settle_tying(config: LLMKernelConfig, tensors: Tensors, untie: bool, where: str) -> None:
@@ -217,50 +192,6 @@ def _settle_tying(config: LLMKernelConfig, tensors: Tensors, untie: bool, where:
 def _first_dtype(tensors: Tensors) -> torch.dtype:
     dtypes = map(tensors.dtype, tensors.keys())
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
-
-
-def count_values(tensors: Tensors, key: str) -> int:
-    """How many values a tensor of a source has."""
-    return torch.Size(tensors.shape(key)).numel()
-
-
-def write_tensors(
-    tensors: Tensors,
-    plan: Plan,
-    folder: Path,
-    dtype: torch.dtype | None,
-    shard_bytes: int,
-    progress: bool,
-    verb: str,
-) -> list[str]:
-    """Copies the tensors of a plan piece by piece, cast if a dtype is given, and returns the names of the files.
-
-    Raises:
-        ValueError: a tensor that is not finite, before or after the cast.
-        OSError: no space for all of it, found out before the first byte.
-    """
-    sizes = {key: count_values(tensors, key) * (dtype or tensors.dtype(key)).itemsize for key in plan.copies.values()}
-    check_disk_space(folder, sum(sizes.values()) + SMALL_FILES_BYTES)
-    writer = CheckpointWriter(folder, shard_bytes)
-    bar = tqdm(total=sum(sizes.values()), desc=verb, unit="B", unit_scale=True, mininterval=0.5, disable=not progress)
-    with bar, writer:
-        for name, key in plan.copies.items():
-            kept = dtype or tensors.dtype(key)
-            blocks = _cast(tensors.blocks(key), key, kept, tensors.file(key), bar.update)
-            writer.add_blocks(name, kept, tensors.shape(key), blocks)
-    return sorted(path.name for path in folder.glob("*.safetensors"))
-
-
-def _cast(
-    blocks: Iterator[torch.Tensor], key: str, dtype: torch.dtype, file: Path, advance: Callable[[int], Any]
-) -> Iterator[torch.Tensor]:
-    for block in blocks:
-        cast = block.to(dtype)
-        if block.dtype != dtype and not is_finite(cast):
-            name = str(dtype).removeprefix("torch.")
-            raise ValueError(f"dtype={name}: {key} in {file} has values beyond its range; choose bfloat16 or float32.")
-        yield cast
-        advance(cast.nbytes)
 
 
 def _carry_over(job: _Job, folder: Path) -> bool:

@@ -92,29 +92,29 @@ def canonical(name: str) -> str:
     return match[1] if match else name
 
 
-def tensors_of(model_class: type[PreTrainedModel], config) -> tuple[dict[str, torch.Size], dict[str, str]]:
-    """Shapes of all tensors that a class stores, and its tied ones `{left out: stored}`; nothing is allocated."""
+def tensors_of(model_class: type[PreTrainedModel], config) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors that a class stores, on the meta device, and its tied ones `{left out: stored}`."""
     with torch.device("meta"):
         model = model_class(config)
     tied = dict(model.all_tied_weights_keys)
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}, tied
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}, tied
 
 
 def plan_copies(
-    tensors: Tensors, shapes: dict[str, torch.Size], tied: dict[str, str], other_heads: bool, where: str
+    tensors: Tensors, made: dict[str, torch.Tensor], tied: dict[str, str], other_heads: bool, where: str
 ) -> Plan:
     """Finds every tensor of a class in a source.
 
     Args:
         tensors: the source.
-        shapes, tied: as `tensors_of` gives them.
+        made, tied: as `tensors_of` gives them.
         other_heads: whether tensors of another head are left behind, because the caller chose this one.
         where: of the source's configuration, for messages.
 
     Raises:
-        ValueError: naming a tensor that is unexpected, doubled, missing, of another shape, or not floating.
+        ValueError: naming a tensor that is unexpected, doubled, missing, of another shape, or of another kind of dtype.
     """
-    targets = {canonical(name): name for name in shapes}
+    targets = {canonical(name): name for name in made}
     tied_names = {canonical(name): canonical(source) for name, source in tied.items()}
     heads = tuple(head.tensors for head in HEADS.values() if head.tensors)
     copies: dict[str, str] = {}
@@ -136,26 +136,36 @@ def plan_copies(
             )
     for name, key in tied_keys.items():
         dropped += [key] if copies.setdefault(name, key) != key else []
-    _check_copies(tensors, shapes, copies, where)
-    return Plan({name: copies[name] for name in shapes}, dropped)
+    _check_copies(tensors, made, copies, where)
+    return Plan({name: copies[name] for name in made}, dropped)
 
 
-def _check_copies(tensors: Tensors, shapes: dict[str, torch.Size], copies: dict[str, str], where: str) -> None:
-    if missing := [name for name in shapes if name not in copies]:
+def _check_copies(tensors: Tensors, made: dict[str, torch.Tensor], copies: dict[str, str], where: str) -> None:
+    if missing := [name for name in made if name not in copies]:
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{missing[0]}{others}: missing in the source, but {where} makes it; fetch all of its shards.")
     for name, key in copies.items():
         shape, dtype = tensors.shape(key), tensors.dtype(key)
-        if shape != tuple(shapes[name]):
+        if shape != tuple(made[name].shape):
             raise ValueError(
-                f"{key}: shape {list(shape)} in {tensors.file(key)}, but {where} makes it {list(shapes[name])}; use "
-                "the config.json and the weights of one checkpoint."
+                f"{key}: shape {list(shape)} in {tensors.file(key)}, but {where} makes it {list(made[name].shape)}; "
+                "use the config.json and the weights of one checkpoint."
             )
-        if not dtype.is_floating_point or dtype.itemsize == 1:
+        if not made[name].is_floating_point():
+            if dtype != made[name].dtype:
+                raise ValueError(
+                    f"{key}: is {_plain(dtype)} in {tensors.file(key)}, but {where} makes it "
+                    f"{_plain(made[name].dtype)}; use the config.json and the weights of one checkpoint."
+                )
+        elif not dtype.is_floating_point or dtype.itemsize == 1:
             raise ValueError(
-                f"{key}: is {str(dtype).removeprefix('torch.')} in {tensors.file(key)}, so the source is quantized; "
-                "dequantize it first, or convert the checkpoint that it was made from."
+                f"{key}: is {_plain(dtype)} in {tensors.file(key)}, so the source is quantized; dequantize it first, "
+                "or convert the checkpoint that it was made from."
             )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def equal_tensors(tensors: Tensors, first: str, second: str) -> bool:

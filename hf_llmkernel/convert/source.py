@@ -139,6 +139,19 @@ def _not_cached(repository: str, error: Exception) -> Exception:
     return ConnectionError(f"source={repository}: is no folder here, and the Hub cannot be reached")
 
 
+def read_config_fields(path: Path) -> dict[str, Any]:
+    """The fields of a config.json. Raises `ValueError` where it is missing or is no table."""
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; give the folder of a checkpoint, with its config.json.")
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: is not valid JSON; fetch this file again.")
+    return fields
+
+
 def companions(folder: Path) -> list[Path]:
     """Files of a checkpoint, besides its configuration and weights, that its converted form needs too."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}

@@ -173,7 +173,7 @@ def test_bad_input(tmp_path, capfd):
     save_stock(tmp_path / "stock")
     save_ours(tmp_path / "ours")
     for model, target, message in (
-        ("ours", "gpt5", r"to='gpt5': is not one of \['llama', 'mistral', 'qwen2', 'qwen3'\]"),
+        ("ours", "gpt5", r"to='gpt5': is not one of \['llama', 'mistral', 'qwen2', 'qwen3', 'compressed-tensors'"),
         ("stock", "llama", r"stock/config\.json: model_type='llama' is not 'llm_kernel'; give a folder"),
         ("missing", "llama", r"missing/config\.json: missing; give the folder"),
     ):

@@ -1,0 +1,98 @@
+"""A checkpoint of this family as exports read it: found whole, and each of its matrices by form.
+
+Shapes: O out_features, I in_features, G groups of columns.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import CheckpointReader
+from ..model import modeling_llm_kernel
+from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from ..model.linear_llm_kernel import INT4_OFFSET, check_mask, expand_groups, unpack_mask, unpack_nibbles, unpack_weight
+from .families import CONFIG_ERRORS, one_line
+from .matrices import Matrix
+from .names import HEADS, canonical, head_of, plan_copies, tensors_of
+from .source import read_config_fields
+
+
+class OwnCheckpoint:
+    """The configuration and tensors of a folder of this family.
+
+    Args:
+        folder: with config.json and safetensors.
+        config: as `read_own_config` gives it.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected, or of another shape or dtype than the configuration makes.
+    """
+
+    def __init__(self, folder: Path, config: LLMKernelConfig):
+        self.folder = folder
+        self.config = config
+        self.reader = CheckpointReader(folder)
+        where = str(folder / "config.json")
+        self.head = head_of(config.architectures, "LLMKernel", self.reader.keys(), where)
+        model_class = getattr(modeling_llm_kernel, f"LLMKernel{HEADS[self.head].suffix}")
+        self.plan = plan_copies(self.reader, *tensors_of(model_class, config), False, where)
+        self.keys = {canonical(name): key for name, key in self.plan.copies.items()}  # by the name without prefix
+
+    def stored(self, matrix: Matrix, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+        """The stored tensors of a matrix by suffix, by default all but the bias.
+
+        Raises:
+            ValueError: a mask that contradicts the form.
+        """
+        names = matrix.form.stored_tensors(*matrix.shape) if names is None else names
+        wanted = [name for name in names if name != "bias"]
+        stored = {name: self.reader.tensor(self.keys[f"{matrix.path}.{name}"]) for name in wanted}
+        if "mask" in stored:
+            try:
+                check_mask(stored["mask"], matrix.form, matrix.shape[1])
+            except ValueError as error:
+                raise ValueError(f"{matrix.path}.{error}") from None
+        return stored
+
+    def weight(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
+        """Its dense weight `[O, I]`."""
+        return unpack_weight(self.stored(matrix), matrix.form, matrix.shape[1], dtype).to(dtype)
+
+
+def read_own_config(folder: Path) -> LLMKernelConfig:
+    """The configuration of a folder of this family. Raises `ValueError` where it is another's or is damaged."""
+    path = folder / "config.json"
+    fields = read_config_fields(path)
+    if fields.get("model_type") != LLMKernelConfig.model_type:
+        raise ValueError(
+            f"{path}: model_type={fields.get('model_type')!r} is not {LLMKernelConfig.model_type!r}; give a folder "
+            "that `llmkernel convert` or `compress` wrote."
+        )
+    try:
+        return LLMKernelConfig.from_dict(fields)
+    except CONFIG_ERRORS as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def dense_codes(stored: dict[str, torch.Tensor], form: LinearForm, in_features: int) -> torch.Tensor:
+    """The codes `[O, I]` of an integer form as bytes: int8 where 8-bit symmetric, else uint8.
+
+    Where a sparse form keeps nothing stands the code of zero: the zero point, symmetric 4-bit codes' offset, or 0.
+
+    Raises:
+        ValueError: a sparse form whose zero points are no integers, so that no code is zero.
+    """
+    values = stored["values"]
+    if form.bits == 4:
+        values = unpack_nibbles(values, form.values_shape(len(stored["scales"]), in_features)[-1])
+    if "mask" not in stored:
+        return values
+    mask = unpack_mask(stored["mask"], in_features)
+    if form.symmetric:
+        zeros = values.new_full(mask.shape, INT4_OFFSET if form.bits == 4 else 0)
+    elif form.zero_point_dtype == "uint8":
+        zeros = expand_groups(stored["zero_points"], in_features, form.group_size).to(torch.uint8)
+    else:
+        raise ValueError(f"zero points of {form.zero_point_dtype} have no code for zero; store it dense.")
+    return zeros.masked_scatter(mask, values)
