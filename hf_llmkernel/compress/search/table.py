@@ -10,7 +10,8 @@ by side to the head, so that each block is read once for all of them.
      └─ choice 1 ──│───────────── ...                              loss of choice 1 in layer 0
                    ├─ choice 0 ── ...                              loss of choice 0 in layer 1
 
-Losses are compared with the unchanged model's piece by piece of the same text, which takes out most of their noise.
+A loss is how far the distribution of the next token moves from the unchanged model's, as Kullback-Leibler divergence.
+What the text's own tokens lose is the same on average, but far noisier: of so many choices the luckiest would win.
 
 Reading order: loss_table -> the walk -> one layer's forks -> a group of forks to the end -> losses -> rows.
 
@@ -53,7 +54,7 @@ Choice = tuple[Stage, ...]
 def loss_table(
     survey: "Survey", layers: Sequence[int], choices: Sequence[Choice], tokens: int
 ) -> list[dict[str, Any]]:
-    """The change of the calibration text's loss for every choice in every layer, one row a layer.
+    """What every choice in every layer loses on the calibration text, one row a layer.
 
     Interrupted, it goes on behind the last layer whose choices were made.
 
@@ -64,7 +65,7 @@ def loss_table(
         tokens: of the calibration text, the first ones, at most.
 
     Returns:
-        `{"layer", "losses", "standard_errors"}`: nats a token more than the unchanged model, one entry a choice.
+        `{"layer", "losses", "standard_errors"}`: nats of divergence a token, one entry a choice.
 
     Raises:
         ValueError: a choice whose loss is not finite, naming the layer.
@@ -154,10 +155,17 @@ class LossTable:
             for layer, choices in forks.items():
                 for states in choices.values() if layer < index else ():
                     run_block(module, states, given)
-        norm, head, ids = source.norm().to(device), source.head().to(device), self.ids.to(device)
+        unchanged = self._unchanged(forks[group[0]]).to(device)
+        norm, head = source.norm().to(device), source.head().to(device)
         for index, choices in forks.items():
-            pieces = {name: piece_losses(states, ids, norm, head) for name, states in choices.items()}
-            self._write(index, pieces)
+            self._write(index, piece_losses(choices, unchanged, norm, head))
+
+    def _unchanged(self, first: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The unchanged model's last states `[S, T, H]`: the first of all groups takes them there, the others read."""
+        file = processes.own_folder(self.survey.folder) / "unchanged.safetensors"
+        if UNCHANGED in first:
+            write_tensors(file, {UNCHANGED: first.pop(UNCHANGED)})
+        return load_file(file)[UNCHANGED]
 
     def _write(self, index: int, pieces: dict[str, list[float]]) -> None:
         """The losses of all processes' pieces, for each of them; the forks have done their work."""
@@ -170,18 +178,16 @@ class LossTable:
 
     def rows(self) -> list[dict[str, Any]]:
         """The table, from what was written."""
-        unchanged = json.loads(self._losses(self.layers[0]).read_text())[UNCHANGED]
-        return [self._row(index, unchanged) for index in self.layers]
+        return [self._row(index) for index in self.layers]
 
-    def _row(self, index: int, unchanged: list[float]) -> dict[str, Any]:
+    def _row(self, index: int) -> dict[str, Any]:
         pieces = json.loads(self._losses(index).read_text())
         assert self.survey.ids is not None
         length = self.survey.ids.shape[1]
-        tokens = len(unchanged) // len(piece_sizes(length)) * (length - 1)
         losses, errors = [], []
         for number in range(len(self.choices)):
-            after = pieces.get(str(number), unchanged)
-            loss, error = mean_difference(after, unchanged, tokens)
+            # A choice without stages changes nothing.
+            loss, error = mean_loss(pieces[str(number)], length) if self.choices[number] else (0.0, 0.0)
             if not math.isfinite(loss):
                 raise ValueError(f"search: choices[{number}] in layer {index} has no finite loss; leave it out.")
             losses.append(loss)
@@ -238,28 +244,32 @@ def run_block(block: torch.nn.Module, states: torch.Tensor, given: dict[str, Any
     return states
 
 
-def piece_sizes(length: int) -> list[int]:
-    """Tokens predicted in each piece of a sample of `length` tokens."""
-    predicted = length - 1
-    return [min(PIECE_TOKENS, predicted - begin) for begin in range(0, predicted, PIECE_TOKENS)]
-
-
-def piece_losses(states: torch.Tensor, ids: torch.Tensor, norm: Any, head: Any) -> list[float]:
-    """Summed nats of the tokens of every piece of samples `[S, T]`, from their last states `[S, T, H]`."""
-    losses = []
-    for sample, tokens in zip(states, ids, strict=True):
-        with fast_products():
-            logits = (head(norm(rows)) for rows in sample[:-1].split(LOGIT_ROWS))
-            targets = tokens[1:].split(LOGIT_ROWS)
-            pairs = zip(logits, targets, strict=True)
-            each = torch.cat([F.cross_entropy(rows, own, reduction="none") for rows, own in pairs])  # [T - 1]
-        losses += [piece.double().sum().item() for piece in each.split(piece_sizes(len(tokens)))]
+def piece_losses(
+    forks: Mapping[str, torch.Tensor], unchanged: torch.Tensor, norm: Any, head: Any
+) -> dict[str, list[float]]:
+    """Summed nats of divergence of every piece of all samples, from last states `[S, T, H]`, of each fork by name."""
+    losses: dict[str, list[float]] = {name: [] for name in forks}
+    for sample, states in enumerate(unchanged):
+        each: dict[str, list[torch.Tensor]] = {name: [] for name in forks}
+        for rows in torch.arange(len(states), device=states.device).split(LOGIT_ROWS):
+            expected = log_probabilities(states[rows], norm, head)
+            for name, changed in forks.items():
+                found = log_probabilities(changed[sample, rows], norm, head)
+                each[name].append(F.kl_div(found, expected, reduction="none", log_target=True).sum(-1))
+        for name, nats in each.items():
+            losses[name] += [piece.double().sum().item() for piece in torch.cat(nats).split(PIECE_TOKENS)]
     return losses
 
 
-def mean_difference(after: list[float], before: list[float], tokens: int) -> tuple[float, float | None]:
-    """The difference a token of losses summed by pieces, and its standard error; `None` where there is one piece."""
-    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    count = len(differences)
-    error = differences.std().item() * math.sqrt(count) / tokens if count > 1 else None
-    return differences.sum().item() / tokens, error
+def log_probabilities(states: torch.Tensor, norm: Any, head: Any) -> torch.Tensor:
+    """Of every next token, `[rows, V]` from `[rows, H]`."""
+    with fast_products():
+        return head(norm(states)).log_softmax(-1)
+
+
+def mean_loss(pieces: list[float], length: int) -> tuple[float, float | None]:
+    """Nats a token of samples of `length` tokens, and the standard error; `None` where there is one piece."""
+    tokens = len(pieces) // math.ceil(length / PIECE_TOKENS) * length
+    nats = torch.tensor(pieces, dtype=torch.float64)
+    error = nats.std().item() * math.sqrt(len(pieces)) / tokens if len(pieces) > 1 else None
+    return nats.sum().item() / tokens, error

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from hf_llmkernel.checkpoint.model_folder import ModelFolder
 from hf_llmkernel.compress import Recipe
@@ -46,15 +45,16 @@ def survey_of(folder, work) -> Survey:
 
 @torch.no_grad()
 def reference(folder) -> torch.Tensor:
-    """Nats of every token `[layer, choice, S, T - 1]`: the choice's weights, as dense ones, in one layer."""
+    """Divergence at every token `[layer, choice, S, T]`: the choice's weights, as dense ones, in one layer."""
     dense = LLMKernelForCausalLM.from_pretrained(folder).eval()
+    expected = dense(IDS).logits.double().softmax(-1)
     nats = []
     for index in range(3):
         for choice in CHOICES:
             model = copy.deepcopy(dense)
             change(model, index, choice)
-            logits = model(IDS).logits[:, :-1]
-            nats.append(F.cross_entropy(logits.transpose(1, 2), IDS[:, 1:], reduction="none"))
+            found = model(IDS).logits.double().softmax(-1)
+            nats.append((expected * (expected / found).log()).sum(-1))
     return torch.stack(nats).view(3, len(CHOICES), *nats[0].shape)
 
 
@@ -90,19 +90,17 @@ def change(model, index: int, choice) -> None:
 
 def test_losses_are_those_of_the_whole_model(folder, tmp_path):
     rows = loss_table(survey_of(folder, tmp_path / "survey"), range(3), stages(), tokens=4 * 48)
-    nats = reference(folder)[:, :, :4].double()  # [layer, choice, S, T - 1]
-    expected = (nats - nats[:, :1]).mean((2, 3))
+    expected = reference(folder)[:, :, :4].mean((2, 3))  # of four samples
     found = torch.tensor([row["losses"] for row in rows])
-    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=2e-5)
-    assert expected[:, 1:].abs().min() > 1e-3
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-6)
+    assert expected[:, 1:].min() > 1e-3 and found[:, 0].eq(0).all()
     assert [row["layer"] for row in rows] == [0, 1, 2]
 
 
 def test_standard_error_is_that_of_pieces(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "PIECE_TOKENS", 47)  # one piece a sample
+    monkeypatch.setattr(measuring, "PIECE_TOKENS", 48)  # one piece a sample
     rows = loss_table(survey_of(folder, tmp_path / "survey"), [1], stages(), tokens=10_000)
-    nats = reference(folder)[1].double()
-    means = (nats - nats[:1]).mean(-1)  # [choice, S]
+    means = reference(folder)[1].mean(-1)  # [choice, S]
     expected = means.std(-1) / 6**0.5
     torch.testing.assert_close(torch.tensor(rows[0]["standard_errors"]).double(), expected, rtol=1e-3, atol=1e-6)
 
