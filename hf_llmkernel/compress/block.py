@@ -162,6 +162,30 @@ class Block:
         if bias is not None:
             self.tensors[self._bias_name(leaf)] = bias[keep].contiguous()
 
+    def scale_outputs(self, leaf: str, factors: torch.Tensor) -> None:
+        """Multiplies each output of a linear by a factor of its own, `[O]`: its weight, in whatever form, and bias.
+
+        Raises:
+            ValueError: a scale beyond what its dtype can hold, naming the matrix.
+        """
+        name = f"{leaf}.b" if self.form(leaf).rank is not None else leaf
+        scales = self.stored(name).get("scales")
+        if scales is None:
+            self.set_weight(name, self.weight(name) * factors.unsqueeze(1))
+        else:
+            scaled = (scales.float() * factors.unsqueeze(1)).to(scales.dtype)
+            if not scaled.isfinite().all():
+                raise ValueError(f"{self.path(name)}: scale_dtype={self.form(name).scale_dtype!r} overflows; widen it.")
+            self.tensors[f"{module_path(name)}.scales"] = scaled
+        bias = self.bias(leaf)
+        if bias is not None:
+            self.tensors[self._bias_name(leaf)] = bias * factors
+
+    def scale_inputs(self, name: str, factors: torch.Tensor) -> None:
+        """Multiplies each column of a floating matrix by a factor of its own, `[I]`."""
+        assert self.form(name).bits == 16, "columns of integers share their scales"
+        self.set_weight(name, self.weight(name) * factors)
+
     def skip(self, sublayer: str) -> None:
         """Removes a sublayer, its norm too."""
         prefixes = tuple(f"{module}." for module in SUBLAYER_MODULES[sublayer])

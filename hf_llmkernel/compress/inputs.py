@@ -118,6 +118,22 @@ class InputStatistic:
         outputs.magnitudes = (squares * self.count * 2 / math.pi).sqrt()
         return outputs
 
+    def after(self, change: torch.Tensor) -> "InputStatistic":
+        """The statistic of inputs that a stage has changed, see `changed_inputs`."""
+        return self.scaled(change) if change.is_floating_point() else self.keep(change)
+
+    def scaled(self, factors: torch.Tensor) -> "InputStatistic":
+        """The statistic of each feature times a factor of its own, `[I]`."""
+        scaled = InputStatistic(self.needs)
+        exact = factors.double()
+        scaled.count, scaled.sums, scaled.magnitudes = self.count, self.sums * exact, self.magnitudes * exact.abs()
+        if self.has_gram:
+            scaled._gram = self.gram * factors * factors.unsqueeze(1)
+            scaled.cross = self.cross * factors if self.cross.dim() else self.cross
+        else:
+            scaled.squares = self.squares * exact.square()
+        return scaled
+
     def keep(self, indices: torch.Tensor) -> "InputStatistic":
         """The statistic of some of the features, after the others were removed."""
         kept = InputStatistic(self.needs)
@@ -128,3 +144,14 @@ class InputStatistic:
         else:
             kept.squares = self.squares[indices]
         return kept
+
+
+def changed_inputs(values: torch.Tensor, change: torch.Tensor | None) -> torch.Tensor:
+    """Inputs `[..., I]` after a stage has removed some, or folded factors into what they come from.
+
+    `change` is int64 `[K]`, the indices of those that stay, or fp32 `[I]`, the factors; `None` of a stage that did
+    neither.
+    """
+    if change is None:
+        return values
+    return values * change if change.is_floating_point() else values[..., change]

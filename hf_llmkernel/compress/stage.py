@@ -44,6 +44,8 @@ class Stage:
     takes_embeddings: ClassVar[bool] = False
     # A stage that changes what runs between the blocks: the next stage finds another model, in a sweep of its own.
     alone: ClassVar[bool] = False
+    # A stage that works when the result is written, not in the blocks.
+    writes_whole: ClassVar[bool] = False
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
@@ -145,11 +147,14 @@ class Stage:
         """What is done to a block before anything runs through it."""
 
     def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> torch.Tensor | None:
-        """Does the work at a site; returns the indices of the site's inputs that stay, where it removed some."""
+        """Does the work at a site; returns what it did to the site's inputs, see `changed_inputs`."""
         raise TypeError(f"{type(self).__name__} does not say what it does to a block")
 
     def plan_top(self, config: LLMKernelConfig) -> None:
         """Gives the embedding and the head their new forms; by default they stay."""
+
+    def plan_whole(self, config: LLMKernelConfig) -> None:
+        """Gives the whole model's configuration what is neither shape nor form, once all layers have theirs."""
 
     def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """The stored tensors `{suffix: tensor}` of an embedding or head `[V, H]`; `None` where it stays as it is."""
@@ -189,7 +194,7 @@ class MatrixStage(Stage):
         facts = {name: self.plan_matrix(layer, name, target) for name in names}
         return {"matrices": names, **_summary(facts)}
 
-    def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> None:
+    def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> torch.Tensor | None:
         for name in self.chosen(block.matrices(site)):
             self.change(block, name, None if inputs is None else matrix_inputs(block, name, inputs), target)
 

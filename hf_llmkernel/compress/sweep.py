@@ -28,7 +28,7 @@ from ..model.configuration_llm_kernel import LAYER_FIELDS, LinearForm, LLMKernel
 from . import processes
 from .block import SITES, Block
 from .disk import write_json, write_tensors
-from .inputs import NEEDS, InputStatistic
+from .inputs import NEEDS, InputStatistic, changed_inputs
 from .plan import merge_layers, own_layers
 from .reference import Reference
 from .stage import Stage
@@ -249,15 +249,15 @@ class Sweep:
         """What happens at a site: every stage in turn; then its linears are rounded to what will be stored."""
 
         def visit(site: str, inputs: InputStatistic | None) -> torch.Tensor | None:
-            kept = None
+            changed = None
             for step in steps:
-                stay = step.stage.apply(block, site, inputs, step.target(block.index))
-                if stay is not None:
-                    kept = stay if kept is None else kept[stay]
-                    inputs = None if inputs is None else inputs.keep(stay)
+                change = step.stage.apply(block, site, inputs, step.target(block.index))
+                if change is not None:  # stages of one run all remove inputs, or all scale them
+                    changed = change if changed is None else changed_inputs(changed, change)
+                    inputs = None if inputs is None else inputs.after(change)
             if last:
                 block.cast(self.dtype, SITES[site])
-            return kept
+            return changed
 
         return lambda site, inputs: self.clock.time("solve", lambda: visit(site, inputs))
 

@@ -21,7 +21,7 @@ from ..model.configuration_llm_kernel import LLMKernelConfig
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer
 from . import processes
 from .block import SITES, SUBLAYER_MODULES, Block
-from .inputs import InputStatistic
+from .inputs import InputStatistic, changed_inputs
 from .states import States
 
 BATCH_TOKENS = 2048
@@ -102,8 +102,8 @@ class Walk:
         Args:
             block: whose linears `visit` may change.
             needs: `{site: what is to be known of its inputs}`, see `InputStatistic`; sites not named are only visited.
-            visit: called with each site in order and the statistic of its inputs; may return the indices of the inputs
-                that stay, where it removed some.
+            visit: called with each site in order and the statistic of its inputs; returns what it did to the inputs, as
+                `changed_inputs` takes it.
             advance: whether the states go on to the next block; else they stay, and nothing is computed beyond the
                 last site that is named.
 
@@ -121,9 +121,9 @@ class Walk:
                 visit(exit, None)
                 continue
             inner = self._exit_inputs(block, sublayer, leaf, states, needs.get(exit), goes_on)
-            kept = visit(exit, self._checked(block, exit, inner[0]))
+            change = visit(exit, self._checked(block, exit, inner[0]))
             if goes_on and inner[1] is not None:
-                states = self._add_residual(block, sublayer, leaf, states, inner[1], kept)
+                states = self._add_residual(block, sublayer, leaf, states, inner[1], change)
         if advance:
             self._arrive(block, states)
         elif states is not self.states:
@@ -178,7 +178,7 @@ class Walk:
             return inputs_of(last, lambda: inner(norm(hidden), **arguments))
 
     def _add_residual(
-        self, block: Block, sublayer: str, leaf: str, states: States, inputs: States, kept: torch.Tensor | None
+        self, block: Block, sublayer: str, leaf: str, states: States, inputs: States, change: torch.Tensor | None
     ) -> States:
         """The states after a sublayer, in a new file; those before it are removed, unless they enter the block."""
         last = getattr(getattr(self._module(block), SUBLAYER_MODULES[sublayer][0]), leaf)
@@ -186,7 +186,7 @@ class Walk:
         for begin, end in states.batches(self._batch_size):
             values = inputs.read(begin, end).to(self.device)
             with fast_products():
-                added = last(values if kept is None else values[..., kept])
+                added = last(changed_inputs(values, change))
             hidden = states.read(begin, end).to(self.device)
             after.write(begin, hidden + added)
             if self.watch is not None:

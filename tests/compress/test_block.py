@@ -196,6 +196,17 @@ def test_outputs_that_stay_are_those_chosen(name):
         assert block.form(LEAF).nnz == int((dense[LEAF][keep] != 0).sum()) == int(block.mask(LEAF).sum())
 
 
+@pytest.mark.parametrize("name", FORMS)
+def test_outputs_are_scaled_in_every_form(name):
+    block, dense = stored_block(name)
+    bias, factors = block.bias(LEAF), torch.rand(ROWS) + 0.5
+    block.scale_outputs(LEAF, factors)
+    block.check()
+    expected = reference(dense) * factors.unsqueeze(1)
+    torch.testing.assert_close(block.weight(LEAF), expected, rtol=1e-3, atol=1e-5)  # scales are fp16
+    torch.testing.assert_close(block.bias(LEAF), bias * factors)
+
+
 @pytest.mark.parametrize(
     ("sublayer", "gone"), [("attention", ("self_attn.", "input_layernorm.")), ("mlp", ("mlp.", "post_attention_"))]
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_llmkernel.compress import inputs as statistics
-from hf_llmkernel.compress.inputs import InputStatistic
+from hf_llmkernel.compress.inputs import InputStatistic, changed_inputs
 
 
 @pytest.fixture
@@ -62,6 +62,19 @@ def test_some_of_the_features(x, needs):
     torch.testing.assert_close(kept.mean, alone.mean)
     if needs == "gram":
         torch.testing.assert_close(kept.gram, alone.gram, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("needs", ["moments", "gram"])
+def test_changed_inputs_have_the_statistic_of_what_they_became(x, needs):
+    factors = torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.5
+    for change in (factors, torch.tensor([3, 17])):
+        found, expected = gathered(x, needs).after(change), gathered(changed_inputs(x, change), needs)
+        for name in ("norm", "mean", "mean_magnitude", "variance"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+        if needs == "gram":
+            torch.testing.assert_close(found.gram, expected.gram, rtol=1e-5, atol=1e-3)
+    assert changed_inputs(x, None) is x
+    assert torch.equal(changed_inputs(x, torch.tensor([3, 17])), x[..., [3, 17]])
 
 
 def test_an_input_that_is_not_finite_shows(x):

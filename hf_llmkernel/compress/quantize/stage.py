@@ -1,8 +1,8 @@
 """`quantize`: matrices as integers in groups that share a scale.
 
 A method chooses the grid of every group and the integers on it. `rtn` and `hqq` need no data; `gptq` and
-`coordinate_descent` look at what enters a matrix. A sparse matrix keeps its mask, a low-rank linear becomes one of
-integer factors.
+`coordinate_descent` look at what enters a matrix. Before any of them, a fold may scale columns so that they round
+finer. A sparse matrix keeps its mask, a low-rank linear becomes one of integer factors.
 
 Reading order: methods -> settings and their checks -> the plan -> the work on a matrix, and on the embedding and head.
 """
@@ -16,12 +16,15 @@ import torch
 
 from ...model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ...model.linear_llm_kernel import pack_weight
-from ..block import Block, matrix_form, matrix_shape, set_form
+from ..block import SITES, Block, matrix_form, matrix_names, matrix_shape, set_form
 from ..inputs import InputStatistic
 from ..registry import register
+from ..solve import damped_inverse_cholesky
 from ..sparsify.reconstruction import reconstruction_loss
+from ..sparsify.sparsegpt import without_dead_inputs
 from ..stage import MatrixStage, refuse_form
 from .coordinate_descent import coordinate_descent
+from .fold import Factors, awq_factors, can_fold, fold, shared_magnitude, takers
 from .gptq import DAMPENING, Rounded, gptq
 from .grid import grid_of
 from .hqq import hqq
@@ -49,7 +52,9 @@ class Method(NamedTuple):
 def _round_to_nearest(task: Task) -> Rounded:
     weight, form, mask, stage, _ = task
     importance = None
-    if stage.scale_search or stage.needs_data:  # of an embedding no inputs are known: every error counts alike
+    if (
+        stage.scale_search or METHODS[stage.method].needs_data
+    ):  # of an embedding no inputs are known: every error counts alike
         importance = torch.ones_like(weight) if mask is None else mask.float()
     grid = grid_of(weight, form, importance)
     rounded = grid.nearest(weight)
@@ -70,6 +75,8 @@ METHODS = {
         True, ("dampening",), 80.0, lambda t: coordinate_descent(t.weight, t.gram, t.form, t.mask, t.stage.dampening)
     ),
 }
+FOLDS = (None, "awq")
+FOLD_ROWS = 128  # of all that take an input, on which methods with data search for its factor
 FLAGS = ("symmetric", "scale_search", "act_order", "static_groups")
 
 
@@ -93,6 +100,8 @@ class Quantize(MatrixStage):
         act_order: of `"gptq"`: columns in the order of their inputs' energy, which takes static groups.
         static_groups: of `"gptq"`: scales of the weights before any was rounded.
         dampening: of the Gram matrix, relative to the mean of its diagonal.
+        fold: `"awq"` scales columns by their inputs' magnitudes before they are rounded, by whatever method, and
+            divides norms, up_proj and v_proj, whatever they are stored as, by as much.
     """
 
     bits: int
@@ -105,6 +114,7 @@ class Quantize(MatrixStage):
     act_order: bool = False
     static_groups: bool = False
     dampening: float = DAMPENING
+    fold: str | None = None
 
     takes_embeddings = True
 
@@ -114,6 +124,8 @@ class Quantize(MatrixStage):
             raise ValueError(f"bits={self.bits!r}: must be 8 or 4.")
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r}: must be one of {list(METHODS)}.")
+        if self.fold not in FOLDS:
+            raise ValueError(f"fold={self.fold!r}: must be one of {list(FOLDS)}.")
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false.")
@@ -156,7 +168,7 @@ class Quantize(MatrixStage):
 
     @property
     def needs_data(self) -> bool:
-        return METHODS[self.method].needs_data
+        return METHODS[self.method].needs_data or self.fold is not None
 
     @property
     def statistic(self) -> str:
@@ -164,7 +176,20 @@ class Quantize(MatrixStage):
 
     @property
     def solve_products(self) -> float:
-        return METHODS[self.method].solve_products
+        return METHODS[self.method].solve_products + (0 if self.fold is None else 20)
+
+    def plan(self, layer: LLMKernelConfig, target: Any = None) -> dict[str, Any]:
+        facts = self._plan_fold(layer) if self.fold else {}
+        return {**super().plan(layer, target), **facts}
+
+    def _plan_fold(self, layer: LLMKernelConfig) -> dict[str, Any]:
+        """What is not folded. Raises `ValueError` where a matrix takes inputs that are, and is integer already."""
+        sites = [site for site in SITES if self.chosen(matrix_names(layer, site))]
+        for name in [name for site in sites for name in takers(layer, site) if can_fold(layer, site)]:
+            if matrix_form(layer, name).bits < 16:
+                refuse_form("quantize", layer, name, f"fold={self.fold!r} scales its columns: leave fold out.")
+        left = [name for site in sites for name in takers(layer, site) if not can_fold(layer, site)]
+        return {"not_folded": left} if left else {}
 
     def plan_matrix(self, layer: LLMKernelConfig, name: str, target: Any) -> dict[str, Any]:
         form = matrix_form(layer, name)
@@ -174,16 +199,45 @@ class Quantize(MatrixStage):
         rest = matrix_shape(layer, name)[1] % (self.group_size or 1)
         return {"last_group_size": rest} if rest else {}
 
+    def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> torch.Tensor | None:
+        found = None
+        if self.fold and inputs is not None and can_fold(block.layer, site):
+            found = self._factors(block, site, inputs)
+        if found is None or inputs is None:
+            super().apply(block, site, inputs, target)
+            return None
+        block.note(stage=self.name, site=site, exponent=found.exponent, loss=found.loss)
+        fold(block, site, found.factors)
+        super().apply(block, site, inputs.scaled(1 / found.factors), target)
+        return 1 / found.factors
+
+    def _factors(self, block: Block, site: str, inputs: InputStatistic) -> Factors | None:
+        """The factors of a site's inputs, by what errors of the matrices to be rounded cost; `None` without any."""
+        names = self.chosen(takers(block.layer, site))
+        if not names:
+            return None
+        weight = torch.cat([block.weight(name) for name in names])
+        magnitude = shared_magnitude(block.layer, site, inputs.mean_magnitude)
+        gram = inputs.gram
+        if not METHODS[self.method].needs_data:
+            importance = torch.ones_like(magnitude) if self.scale_search else None
+            return awq_factors(weight, magnitude, self.form, lambda e: (e @ gram * e).sum(), importance)
+        # What a method costs that lets later columns make up for an error, without its whole pass a candidate.
+        upper, _ = damped_inverse_cholesky(without_dead_inputs(weight, gram)[1], self.dampening)
+        costs = upper.diagonal().float().square().reciprocal()
+        rows = weight[:: max(len(weight) // FOLD_ROWS, 1)]
+        return awq_factors(rows, magnitude, self.form, lambda e: (e.square() * costs).sum(), costs)
+
     def change(self, block: Block, name: str, inputs: InputStatistic | None, target: Any) -> None:
         weight, mask, form = block.weight(name), block.mask(name), self._integer(block.form(name))
         task = Task(weight, form, mask, self)
-        if inputs is not None and self.needs_data:
+        if inputs is not None and METHODS[self.method].needs_data:
             task = task._replace(gram=inputs.gram)
         try:
             made = METHODS[self.method].round(task)
         except ValueError as error:
             raise ValueError(f"{block.path(name)}: {error}") from None
-        if self.needs_data:
+        if METHODS[self.method].needs_data:
             raised = {"dampening": made.dampening} if made.dampening > self.dampening else {}
             loss = reconstruction_loss(weight, made.weight, task.gram)
             block.note(stage=self.name, matrix=name, loss=loss, **raised)
@@ -199,6 +253,6 @@ class Quantize(MatrixStage):
             setattr(config, name, self.form.to_dict())
 
     def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        method = METHODS["rtn" if self.needs_data else self.method]
+        method = METHODS["rtn" if METHODS[self.method].needs_data else self.method]
         rounded, grid, _ = method.round(Task(weight, self.form, None, self))
         return pack_weight(rounded, self.form, scales=grid.scales, zero_points=grid.zero_points)

@@ -230,9 +230,9 @@ def applied(block: Block, choice: Choice, seen: Mapping[str, InputStatistic | No
         together = list(stages)
         for site in SITES:
             for stage in together:
-                stay, inputs = stage.apply(changed, site, known.get(site)), known.get(site)
-                if stay is not None and inputs is not None:
-                    known[site] = inputs.keep(stay)
+                change, inputs = stage.apply(changed, site, known.get(site)), known.get(site)
+                if change is not None and inputs is not None:
+                    known[site] = inputs.after(change)
     return changed
 
 
