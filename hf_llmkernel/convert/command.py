@@ -44,16 +44,24 @@ def convert(
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of an LLMKernel checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="New folder to write.")],
-    to: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, or compressed-tensors.")],
+    to: Annotated[str, typer.Option(help="llama, mistral, qwen2, qwen3, compressed-tensors or gguf.")],
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16, of what is floating; default: the checkpoint's.")
     ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the matrices of a GGUF file: Q8_0, Q4_0, Q4_1, F16, BF16 or F32; default: that of their own forms."
+        ),
+    ] = None,
+    embedding_type: Annotated[str | None, typer.Option(help="The same for embedding and head alone.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
 ) -> dict[str, Any]:
     """Export an LLMKernel checkpoint to a format of other tools, bit-equal, where its shapes and forms allow."""
     from .outgoing import export_checkpoint
 
-    return export_checkpoint(model, output, to, parse_size(max_shard_size), True, dtype).to_dict()
+    shard_bytes = parse_size(max_shard_size)
+    return export_checkpoint(model, output, to, shard_bytes, True, dtype, type, embedding_type).to_dict()
 
 
 def render_convert(result: dict[str, Any]) -> str:

@@ -42,6 +42,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Linears whose rows the `llama` architecture interleaves.
+ROTATED = ("q_proj", "k_proj")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ def _restore_rows(packed: torch.Tensor, heads: int, tensor: PackedTensor) -> tor
     rows = tensor.shape[0]
     pairs = packed.view(heads, rows // heads // 2, 2, -1).transpose(1, 2)
     return pairs.reshape(tensor.rows, tensor.row_bytes)
+
+
+def interleave(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of queries or keys, or values of their bias, as the `llama` architecture stores them: of every head, those
+    of its two halves by turns."""
+    pairs = rows.view(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
 
 
 def dequantize_rows(packed: torch.Tensor, kind: int) -> torch.Tensor:

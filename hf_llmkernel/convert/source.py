@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from .families import SHARED, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TERMS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 # Carried over byte for byte: tokenizer, chat templates, generation defaults, and the terms of use.
 COMPANIONS = (
     "tokenizer*",
@@ -27,9 +28,7 @@ COMPANIONS = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *TERMS,
 )
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 # A hub folder often holds the same weights again, in formats that are not read here.
@@ -152,15 +151,15 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def companions(folder: Path) -> list[Path]:
+def companions(folder: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[Path]:
     """Files of a checkpoint, besides its configuration and weights, that its converted form needs too."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(path.relative_to(folder) for path in found if path.suffix not in (".safetensors", ".gguf", ".py"))
 
 
-def copy_companions(source: Path, target: Path) -> list[str]:
+def copy_companions(source: Path, target: Path, patterns: tuple[str, ...] = COMPANIONS) -> list[str]:
     """Copies them, byte for byte, and returns their names."""
-    names = companions(source)
+    names = companions(source, patterns)
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)

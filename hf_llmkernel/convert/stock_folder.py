@@ -24,7 +24,9 @@ class Export:
     to: str
     shard_bytes: int
     progress: bool
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None = None
+    type: str | None = None
+    embedding_type: str | None = None
 
 
 def export_stock(family: Family, export: Export) -> Conversion:
