@@ -2,8 +2,8 @@
 
     python scripts/bench/kv_cache.py MODEL --output scripts/bench/kv_cache.json [--windows 8]
 
-MODEL is a folder of a causal model. The first half of a window fills the cache, the rest follows in short steps, each of
-which sees what is cached as it is stored. All caches see the same windows of documents withheld from calibration.
+MODEL is a folder of a causal model. The first half of a window fills the cache, the rest follows in short steps, each
+of which sees what is cached as it is stored. All caches see the same windows of documents withheld from calibration.
 """
 
 import argparse
