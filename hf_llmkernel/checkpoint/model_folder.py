@@ -14,6 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import build_embedding, build_linear
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer, LLMKernelRMSNorm, LLMKernelRotaryEmbedding
+from .bitsandbytes import BitsAndBytes, encoded_linears
 from .reader import CheckpointReader
 
 EXACT_SUFFIXES = ("scales", "zero_points")  # keep the dtype of their form, whatever the model's
@@ -34,6 +35,7 @@ class ModelFolder:
         self.reader = CheckpointReader(folder)
         self.config = LLMKernelConfig.from_pretrained(folder)
         self.config._attn_implementation = "sdpa"
+        self.quantization = BitsAndBytes.of(self.config)
         keys = self.reader.keys()
         self.prefix = "model." if any(key.startswith("model.layers.") for key in keys) else ""
         self._blocks, self.others = _group_by_block(keys, f"{self.prefix}layers.")
@@ -78,7 +80,7 @@ class ModelFolder:
 
     def block(self, index: int) -> LLMKernelDecoderLayer:
         """Layer `index` as a module in fp32."""
-        return block_module(self.layer_config(index), index, self.block_tensors(index))
+        return block_module(self.layer_config(index), index, self.block_tensors(index), self.quantization)
 
     def embedding(self) -> nn.Module:
         """The token embedding in fp32."""
@@ -101,6 +103,8 @@ class ModelFolder:
             raise ValueError(f"{self.folder}: has no language-model head, so no perplexity; use a causal model.")
         with torch.device("meta"):
             head = build_linear(self.config.hidden_size, self.config.vocab_size, form)
+        if self.quantization is not None and not {"weight.absmax", "SCB"}.isdisjoint(stored):
+            return self.quantization.linear(cast(nn.Linear, head), stored)
         head.load_state_dict(in_fp32(stored), assign=True)
         return head.eval()
 
@@ -128,11 +132,22 @@ class Positions:
         return {"position_embeddings": self._embeddings, "attention_mask": self._masks[self._kinds[index]]}
 
 
-def block_module(layer: LLMKernelConfig, index: int, tensors: dict[str, torch.Tensor]) -> LLMKernelDecoderLayer:
-    """A decoder layer that computes in fp32 with the values of its stored tensors."""
+def block_module(
+    layer: LLMKernelConfig, index: int, tensors: dict[str, torch.Tensor], quantization: BitsAndBytes | None = None
+) -> LLMKernelDecoderLayer:
+    """A decoder layer that computes in fp32 with the values of its stored tensors, or as bitsandbytes computes."""
     with torch.device("meta"):
         module = LLMKernelDecoderLayer(layer, index)
-    module.load_state_dict(in_fp32(tensors), assign=True)
+    quantized = {} if quantization is None else encoded_linears(tensors)
+    apart = {key for keys in quantized.values() for key in keys}
+    plain = {name: tensor for name, tensor in tensors.items() if name not in apart}
+    left = module.load_state_dict(in_fp32(plain), assign=True, strict=not quantized)
+    if odd := {*left.unexpected_keys, *left.missing_keys} ^ {f"{name}.weight" for name in quantized}:
+        raise ValueError(f"layers.{index}.{min(odd)}: missing or unknown; config.json and the weights must be of one.")
+    for name, keys in quantized.items():
+        own = {key.removeprefix(f"{name}."): tensors[key] for key in keys}
+        linear = cast(BitsAndBytes, quantization).linear(cast(nn.Linear, module.get_submodule(name)), own)
+        module.set_submodule(name, linear)
     return module.eval()
 
 

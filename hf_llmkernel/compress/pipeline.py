@@ -25,6 +25,7 @@ from ..checkpoint import (
     part_folder,
     take_outcome,
 )
+from ..checkpoint.bitsandbytes import BitsAndBytes
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
@@ -288,15 +289,29 @@ def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recip
     for entry in folder.iterdir():  # of an interrupted attempt
         if entry.is_file() and entry.name != MARKER:
             entry.unlink()
-    reader = result.reader
-    with CheckpointWriter(folder) as writer:
-        for name in reader:
-            writer.add_blocks(name, reader.dtype(name), reader.shape(name), reader.blocks(name))
+    for stage in recipe.stages:
+        stage.plan_whole(result.config)
+    total_bytes = _write_tensors(result, folder)
     copy_companions(source, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     result.config.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
+    return total_bytes
+
+
+def _write_tensors(result: ModelFolder, folder: Path) -> int:
+    """Writes all tensors, linears as bitsandbytes stores them where the configuration says so; returns their bytes."""
+    reader, quantization, layers = result.reader, BitsAndBytes.of(result.config), f"{result.prefix}layers."
+    with CheckpointWriter(folder) as writer:
+        for name in reader:
+            linear = name.removesuffix(".weight")
+            matrix = name.startswith(layers) and linear != name and len(reader.shape(name)) == 2
+            if quantization is not None and matrix and quantization.quantizes(linear):
+                for suffix, tensor in quantization.encode(reader.tensor(name)).items():
+                    writer.add(f"{linear}.{suffix}", tensor)
+            else:
+                writer.add_blocks(name, reader.dtype(name), reader.shape(name), reader.blocks(name))
     return writer.total_bytes
 
 

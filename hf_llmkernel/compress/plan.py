@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from ..checkpoint.bitsandbytes import BitsAndBytes
 from ..evaluate.layout import norm_shapes, slots, stored_values
 from ..model.configuration_llm_kernel import LAYER_FIELDS, LLMKernelConfig
 from .stage import Stage
@@ -44,6 +45,11 @@ def plan_stages(
     config = copy.deepcopy(config)
     config.dtype = dtype
     for stage in stages:
+        if quantization := BitsAndBytes.of(config):
+            raise ValueError(
+                f"{stage.name}: linears are stored as {quantization.name} by then; make bitsandbytes the last stage, "
+                "or start from a floating checkpoint."
+            )
         stage.check_choice(config)
         config, result = plan_stage(config, stage)
         planned.append(Planned(config, result, *stored_sizes(config, dtype, has_head)))
@@ -58,7 +64,9 @@ def plan_stage(config: LLMKernelConfig, stage: Stage) -> tuple[LLMKernelConfig, 
     results = {index: stage.plan(layer) for index, layer in enumerate(layers) if stage.covers(index)}
     config = copy.deepcopy(config)
     stage.plan_top(config)
-    return merge_layers(config, layers), variants(results)
+    config = merge_layers(config, layers)
+    stage.plan_whole(config)
+    return config, variants(results)
 
 
 def variants(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -120,8 +128,8 @@ def _tensor_sizes(config: LLMKernelConfig, dtype: torch.dtype, has_head: bool) -
     for name, shape in norm_shapes(config, "").items():
         yield name, math.prod(shape), math.prod(shape) * dtype.itemsize
     for slot in slots(config, "", has_head):
-        tensors = slot.form.stored_tensors(slot.out_features, slot.in_features)
+        tensors = slot.stored_tensors(dtype)
         itemsizes = {suffix: (getattr(torch, own) if own else dtype).itemsize for suffix, (_, own) in tensors.items()}
-        weight_bytes = sum(math.prod(shape) * itemsizes[suffix] for suffix, (shape, _) in tensors.items())
-        biases = sum(math.prod(shape) for suffix, (shape, _) in tensors.items() if suffix.endswith("bias"))
+        weight_bytes = sum(math.prod(shape or ()) * itemsizes[suffix] for suffix, (shape, _) in tensors.items())
+        biases = sum(math.prod(shape or ()) for suffix, (shape, _) in tensors.items() if suffix.endswith("bias"))
         yield slot.name, stored_values(slot.form, slot.out_features, slot.in_features) + biases, weight_bytes

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..checkpoint import CheckpointReader, check_finite
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import check_mask
-from .layout import FAMILY, Slot, form_name, norm_shapes, positions, shape_config, slots, stored_values
+from .layout import FAMILY, Slot, norm_shapes, positions, shape_config, slots, stored_values
 from .source import model_folder, read_config
 
 ORDER = {
@@ -40,7 +40,7 @@ class Entry:
     Args:
         name: path of the module.
         shape: of its weight, as a dense one would have it.
-        form: in words, see `form_name`.
+        form: in words, see `Slot.form_name`.
         parameters: values stored: of a sparse weight the kept ones, of a low rank both factors', with biases.
         dense_parameters: values of the weight as a dense one, with biases.
         bytes: of all its tensors, masks, scales and zero points included.
@@ -143,7 +143,7 @@ def take_inventory(config: dict[str, Any], tensors: Tensors) -> Inventory:
         dense_parameters=sum(entry.dense_parameters for entry in entries),
         bytes=sum(entry.bytes for entry in entries),
         bytes_on_disk=None,
-        compressed=sum(not slot.form.is_dense for slot in expected.values()),
+        compressed=sum(slot.is_compressed for slot in expected.values()),
         verified=False,
     )
 
@@ -191,7 +191,7 @@ def _check_layers(tensors: Tensors, layers: int) -> None:
 
 
 def _check_slot(slot: Slot, stored: Tensors, strict: bool) -> None:
-    wanted = slot.form.stored_tensors(slot.out_features, slot.in_features)
+    wanted = slot.stored_tensors()
     for name, (shape, dtype) in wanted.items():
         _check_tensor(f"{slot.name}.{name}", stored.get(name), shape, dtype)
     # Stock families add a bias of their own; in this one the form says all.
@@ -199,14 +199,15 @@ def _check_slot(slot: Slot, stored: Tensors, strict: bool) -> None:
     if extra:
         raise ValueError(
             f"{slot.name}.{extra[0]}: is stored, but config.json makes this linear "
-            f"{form_name(slot.form, 'floating')} of {sorted(wanted)}; use the config.json of these weights."
+            f"{slot.form_name('floating')} of {sorted(wanted)}; use the config.json of these weights."
         )
 
 
-def _check_tensor(key: str, stored: Any, shape: tuple[int, ...], dtype: str | None) -> None:
+def _check_tensor(key: str, stored: Any, shape: tuple[int, ...] | None, dtype: str | None) -> None:
     if stored is None:
-        raise ValueError(f"{key}: missing in the weights; config.json makes it {list(shape)}: use its own weights.")
-    if stored[0] != shape:
+        wanted = "" if shape is None else f" {list(shape)}"
+        raise ValueError(f"{key}: missing in the weights; config.json makes it{wanted}: use its own weights.")
+    if shape is not None and stored[0] != shape:
         raise ValueError(
             f"{key}: is {list(stored[0])} in the weights and {list(shape)} by config.json; use the config.json of "
             "these weights."
@@ -222,7 +223,7 @@ def _slot_entry(slot: Slot, stored: Tensors) -> Entry:
     return Entry(
         name=slot.name,
         shape=(out_features, in_features),
-        form=form_name(form, _floating_dtype(stored)),
+        form=slot.form_name(_floating_dtype(stored)),
         parameters=values + bias,
         dense_parameters=out_features * in_features + bias,
         bytes=_bytes(stored),

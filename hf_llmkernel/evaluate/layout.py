@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
+from ..checkpoint.bitsandbytes import BitsAndBytes, Tensors
 from ..model.configuration_llm_kernel import ATTENTION_LINEARS, LinearForm, LLMKernelConfig
 
 FAMILY = LLMKernelConfig.model_type
@@ -34,6 +36,38 @@ class Slot:
     form: LinearForm
     out_features: int
     in_features: int
+    quantization: BitsAndBytes | None = None  # of its floating matrices
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether anything of it is not stored as a dense floating matrix."""
+        return not self.form.is_dense or self.quantizes("weight")
+
+    def quantizes(self, suffix: str) -> bool:
+        """Whether bitsandbytes quantizes one of its tensors."""
+        matrix = suffix == "weight" or suffix.endswith(".weight")
+        module = f"{self.name}.{suffix}".removesuffix(".weight")
+        return matrix and self.quantization is not None and self.quantization.quantizes(module)
+
+    def stored_tensors(self, dtype: torch.dtype | None = None) -> Tensors:
+        """Names, shapes and dtypes of what it stores, as `LinearForm` has them, for a model of a dtype."""
+        tensors: Tensors = {}
+        for suffix, (shape, own) in self.form.stored_tensors(self.out_features, self.in_features).items():
+            if self.quantization is not None and self.quantizes(suffix):
+                parts = self.quantization.stored_tensors(shape[0], shape[1], dtype)
+                tensors |= {suffix.removesuffix("weight") + name: part for name, part in parts.items()}
+            else:
+                tensors[suffix] = (shape, own)
+        return tensors
+
+    def form_name(self, dtype: str) -> str:
+        """Its form in a few words, see `form_name`; `dtype` of what is floating."""
+        if self.quantization is None:
+            return form_name(self.form, dtype)
+        suffixes = ["weight"] if self.form.rank is None else ["a.weight", "b.weight"]
+        dense = f"dense {dtype}"
+        names = [self.quantization.name if self.quantizes(suffix) else dense for suffix in suffixes]
+        return names[0] if self.form.rank is None else f"rank {self.form.rank} ({', '.join(names)})"
 
 
 def shape_config(config: dict[str, Any]) -> LLMKernelConfig | None:
@@ -51,7 +85,7 @@ def shape_config(config: dict[str, Any]) -> LLMKernelConfig | None:
         if kind not in LLAMA_SHAPED:
             return None
         stock = CONFIG_MAPPING[kind].from_dict(config)
-        shapes: dict[str, Any] = {name: getattr(stock, name, None) for name in SHAPE_FIELDS}
+        shapes: dict[str, Any] = {name: getattr(stock, name, None) for name in (*SHAPE_FIELDS, "quantization_config")}
         return LLMKernelConfig(**shapes)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
@@ -66,15 +100,16 @@ def slots(config: LLMKernelConfig, prefix: str, has_head: bool) -> Iterator[Slot
         prefix: of the body's tensor names: `model.`, or nothing where a body was saved alone.
         has_head: whether there is a language-model head; a tied one stores nothing of its own.
     """
-    vocabulary = (config.vocab_size, config.hidden_size)
+    vocabulary, quantization = (config.vocab_size, config.hidden_size), BitsAndBytes.of(config)
     yield Slot(f"{prefix}embed_tokens", LinearForm.from_dict(config.embed_tokens_form), *vocabulary)
     for index, layer in enumerate(config.per_layer_config):
         for name, shape in layer.linear_shapes().items():
             parent, sublayer = ("self_attn", "attention") if name in ATTENTION_LINEARS else ("mlp", "mlp")
             if sublayer not in (layer.skip or []):
-                yield Slot(f"{prefix}layers.{index}.{parent}.{name}", layer.linear_form(name), *shape)
+                path = f"{prefix}layers.{index}.{parent}.{name}"
+                yield Slot(path, layer.linear_form(name), *shape, quantization=quantization)
     if has_head and not config.tie_word_embeddings:
-        yield Slot("lm_head", LinearForm.from_dict(config.lm_head_form), *vocabulary)
+        yield Slot("lm_head", LinearForm.from_dict(config.lm_head_form), *vocabulary, quantization=quantization)
 
 
 def norm_shapes(config: LLMKernelConfig, prefix: str) -> dict[str, tuple[int, ...]]:

@@ -447,7 +447,8 @@ class LowRankLinear(nn.Linear):
     @property
     def weight(self) -> DerivedWeight:
         """The dense weight `[O, I]`, read-only."""
-        return (self.b.weight @ self.a.weight).detach().as_subclass(DerivedWeight)
+        a, b = decoded_weight(self.a), decoded_weight(self.b)
+        return (b @ a.to(b.dtype)).detach().as_subclass(DerivedWeight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.b(self.a(input))
@@ -472,6 +473,15 @@ class LowRankEmbedding(nn.Module):
         rows = self.b(input)  # [..., R]
         factor = self.a.dense_weight(rows.dtype) if isinstance(self.a, PackedWeight) else self.a.weight
         return rows @ factor
+
+
+def decoded_weight(linear: nn.Linear) -> torch.Tensor:
+    """The dense weight of a linear, also where bitsandbytes keeps codes of it."""
+    if type(linear.weight).__name__ not in ("Params4bit", "Int8Params"):
+        return linear.weight
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(linear.weight, getattr(linear, "state", None))
 
 
 def build_linear(in_features: int, out_features: int, form: LinearForm) -> nn.Linear:

@@ -402,7 +402,10 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
             check_stored_types(model, state_dict, checkpoint_files or [])
         if bitsandbytes and quantizer.pre_quantized:
             check_stored_quantized(model, state_dict, checkpoint_files or [])
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+        if bitsandbytes and quantizer.pre_quantized:
+            cast_floating(model, load_config.dtype)
+        return loaded
 
     def _adjust_missing_and_unexpected_keys(self, loading_info):
         super()._adjust_missing_and_unexpected_keys(loading_info)
@@ -590,15 +593,17 @@ def decodes_wrongly(linear: nn.Module) -> bool:
 def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
     """Makes linears plain again that should not be quantized, before they are loaded, and reports them.
 
-    These are the heads of tasks, as new ones are to be trained, tied ones, and those of `decodes_wrongly`, unless the
-    checkpoint has them quantized already.
+    These are the heads of tasks, as new ones are to be trained, tied ones, factors of embeddings, and those of
+    `decodes_wrongly`, unless the checkpoint has them quantized already.
     """
     linears = quantized_linears(model)
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    looked_up = set(model.get_input_embeddings().modules())
     odd = [] if quantizer.pre_quantized else [name for name, module in linears.items() if decodes_wrongly(module)]
     head = model.get_output_embeddings()
     tasks = [name for name, module in model.named_children() if name in linears and module is not head]
-    kept = {*odd, *tasks, *(tied & linears.keys())}
+    factors = [name for name, module in linears.items() if module in looked_up]
+    kept = {*odd, *tasks, *factors, *(tied & linears.keys())}
     for name in kept:
         plain = linears[name]
         with torch.device("meta"):
@@ -613,6 +618,14 @@ def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
         body = f"{model.base_model_prefix}."
         names = {name.removeprefix(body) for name in (*quantizer.modules_to_not_convert, *kept)}
         quantizer.modules_to_not_convert = quantizer.quantization_config.llm_int8_skip_modules = sorted(names)
+
+
+def cast_floating(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what a quantized checkpoint has floating: the library leaves weights in the dtype they are stored in."""
+    weights = {id(linear.weight) for linear in quantized_linears(model).values()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in weights:
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_stored_quantized(model: LLMKernelPreTrainedModel, state_dict: dict | None, files: list[str]) -> None:

@@ -70,13 +70,19 @@ RUNS = {
     ],
     "quantize": [
         {"bits": 8, "group_size": 16, "embeddings": True},
-        {"bits": 8, "group_size": None, "symmetric": False},
+        {"bits": 8, "group_size": None, "symmetric": False, "fold": "smoothquant"},
         {"bits": 4, "group_size": 16},
         {"bits": 4, "group_size": 24, "symmetric": False},
         {"bits": 4, "group_size": 24, "embeddings": True, "method": "hqq", **FLOATING_ZEROS},
         {"bits": 4, "group_size": 16, "method": "gptq", "act_order": True, "scale_search": True, "fold": "awq"},
         {"bits": 8, "group_size": 24, "method": "gptq", "symmetric": False, "scale_dtype": "bfloat16"},
         {"bits": 4, "group_size": 16, "embeddings": True, "method": "coordinate_descent", **FLOATING_ZEROS},
+    ],
+    "bitsandbytes": [
+        {"quant_type": "nf4", "compute_dtype": "bfloat16"},
+        {"quant_type": "fp4", "compute_dtype": "float32", "exclude": ["o_proj"], "layers": [0, 1]},
+        {"quant_type": "fp4", "compute_dtype": "float16"},
+        {"quant_type": "int8"},
     ],
     "search": [
         {"choices": [[INT8], [INT4]], "bytes": 0.24},
@@ -105,6 +111,7 @@ REFUSED = {
     "factorize": ("int8", {"ratio": 0.3, "align": 4}, "factorize: q_proj is stored as .*'bits': 8"),
     "sparsify": ("int8", {"sparsity": 0.5}, "sparsify: q_proj is stored as .*'bits': 8"),
     "quantize": ("int8", {"bits": 4}, "quantize: q_proj is stored as .*'bits': 8"),
+    "bitsandbytes": ("int8", {}, "bitsandbytes: q_proj is stored as .*'bits': 8"),
     "search": ("int8", RUNS["search"][0], r"search: choices\[0\]: quantize: q_proj is stored as .*'bits': 8"),
 }
 COMPOSED = [

@@ -254,6 +254,8 @@ def _read_choice(number: int, choice: Any) -> Choice:
     for stage in stages:
         if stage.is_global:
             raise ValueError(f"{where}: {stage.name} decides over all layers at once; make it a stage of its own.")
+        if stage.writes_whole:
+            raise ValueError(f"{where}: {stage.name} is the last stage of a recipe; add it behind search.")
         if stage.needs_reference:
             raise ValueError(f"{where}: {stage.name} compares with the uncompressed model; add it behind search.")
         if stage.layers is not None:
