@@ -34,7 +34,8 @@ fingerprint() {
 import hashlib, pathlib, sys
 root, extras = pathlib.Path(sys.argv[1]), sys.argv[2]
 state = hashlib.sha256(f"{root}\n{extras}\n{sys.version}\n".encode())
-for path in (root / "pyproject.toml", root / "constraints.txt", *sorted((root / "startup").iterdir())):
+native = sorted((root / "hf_llmkernel" / "kernels" / "native").glob("*"))
+for path in (root / "pyproject.toml", root / "constraints.txt", *sorted((root / "startup").iterdir()), *native):
     if path.is_file():
         state.update(path.read_bytes())
 print(state.hexdigest())

@@ -1,0 +1,127 @@
+"""The native library by ctypes: its structures (see native/llmkernel.h), whether it is there, and whether it is in use.
+
+Environment: LLMKERNEL_KERNELS=off runs everything on torch, LLMKERNEL_ISA (avx512, avx2, portable) lowers the
+instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted.
+"""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+
+ABI = 1
+LIBRARY = Path(__file__).with_name("libllmkernel.so")
+NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
+TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}  # llmk_activation
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("kind", "rows", "columns", "group", "scale_type", "zero_type")),
+        ("data", ctypes.c_void_p),
+    ]
+
+
+class Stored(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "columns", "bits", "value_type", "group", "scale_type")),
+        *((name, ctypes.c_int32) for name in ("zero_type", "row_values")),
+        ("values", ctypes.c_void_p),
+        ("value_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("mask", "scales", "zeros")),
+    ]
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [("first", Matrix), ("second", Matrix), ("bias", ctypes.c_void_p)]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("attends", "feeds", "heads", "key_value_heads", "window", "gated")),
+        *((name, ctypes.c_void_p) for name in ("input_norm", "post_norm", "query_norm", "key_norm")),
+        *((name, Linear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+    ]
+
+
+class Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layers", "hidden", "head_dim", "activation")),
+        *((name, ctypes.c_float) for name in ("epsilon", "rotary_scale")),
+        *((name, ctypes.c_void_p) for name in ("rotary_frequencies", "final_norm", "layer")),
+        ("head", Linear),
+        ("embedding", Stored),
+    ]
+
+
+class CacheLayer(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "token_stride", "length", "mask_offset")),
+        *((name, ctypes.c_int32) for name in ("type", "reserved")),
+    ]
+
+
+def load() -> ctypes.CDLL | None:
+    """The library, or `None` where it was not built, is of another ABI, or cannot be loaded."""
+    if not LIBRARY.is_file():
+        return None
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        current = library.llmk_abi() == ABI
+    except (OSError, AttributeError):
+        return None
+    if not current:
+        return None
+    library.llmk_isa.restype = library.llmk_set_isa.restype = ctypes.c_char_p
+    library.llmk_set_isa.argtypes = [ctypes.c_char_p]
+    pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    for name, arguments in {
+        "llmk_plan": [pointer, pointer, pointer],
+        "llmk_pack": [pointer, pointer, pointer, int32],
+        "llmk_apply": [pointer, pointer, int32, int64, pointer, int32, int32],
+        "llmk_decode": [pointer, pointer, pointer, int64, pointer, pointer, int64, pointer, int32, int32],
+    }.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, ctypes.c_char_p
+    return library
+
+
+NATIVE = load()
+_disabled: ContextVar[bool] = ContextVar("llmkernel_kernels_disabled", default=False)
+
+
+def is_enabled() -> bool:
+    """Whether native kernels serve: the library is there, and neither the environment nor `disabled()` says no."""
+    return NATIVE is not None and not _disabled.get() and os.environ.get("LLMKERNEL_KERNELS", "on") != "off"
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Within it everything runs on torch."""
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def isa() -> str | None:
+    """The instruction set in use ("avx512", "avx2", "portable"), or `None` without the library."""
+    return None if NATIVE is None else NATIVE.llmk_isa().decode()
+
+
+def threads() -> int:
+    """Threads of a native call: $LLMKERNEL_THREADS, else torch's."""
+    return int(os.environ.get("LLMKERNEL_THREADS") or 0) or torch.get_num_threads()
+
+
+def check(fault: bytes | None) -> None:
+    """Raises `RuntimeError` where a native function says what is wrong."""
+    if fault is not None:
+        raise RuntimeError(f"native kernels: {fault.decode()}")

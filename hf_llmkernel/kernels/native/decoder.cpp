@@ -1,0 +1,497 @@
+// One token of every sequence through all layers, in one call.
+//
+// Every thread runs `decode` from beginning to end; the phases in it (see pool.h) share the work. What a phase reads
+// beside its own chunks (the residual stream, heads, the gated product) is written by earlier phases only, and turned
+// into a matrix' inputs by each thread for itself: that costs less than another meeting of all.
+//
+// Shapes: M sequences, H hidden, N heads, D head_dim, P parts of the cached tokens.
+#include <cmath>
+#include <cstring>
+#include <exception>
+
+#include "inputs.h"
+#include "pool.h"
+
+namespace llmk {
+namespace {
+
+bool is_low_rank(const llmk_linear& linear) { return linear.second.kind != LLMK_NONE; }
+const llmk_matrix& last_matrix(const llmk_linear& linear) { return is_low_rank(linear) ? linear.second : linear.first; }
+int64_t out_features(const llmk_linear& linear) { return last_matrix(linear).rows; }
+
+// Linears that take the same rows, with room for what is between the factors of those of a low rank.
+struct Stage {
+    const llmk_linear* linear[3] = {};
+    int count = 0;
+    float* middle[3] = {};  // [M, rank]
+
+    void add(const llmk_linear& more, Arena& arena, int64_t m) {
+        if (is_low_rank(more)) middle[count] = arena.take<float>(m * more.first.rows);
+        linear[count++] = &more;
+    }
+    bool any_low_rank() const { return middle[0] != nullptr || middle[1] != nullptr || middle[2] != nullptr; }
+};
+
+// What all threads see of a call.
+struct Step {
+    const llmk_model& model;
+    const int64_t* tokens;
+    const int64_t* positions;
+    int64_t m;
+    const llmk_cache* caches;
+    const uint8_t* mask;
+    int64_t mask_stride;
+    void* logits;
+    int32_t logits_type;
+    int threads;
+
+    float* residual;   // [M, H]
+    float* sines;      // [M, D / 2]
+    float* cosines;
+    float* heads;      // [M, queries + keys + values]
+    float* partial;    // [M, N, P, D]
+    float* largest;    // [M, N, P]
+    float* totals;     // [M, N, P]
+    float* gated;      // [M, intermediate]
+};
+
+int64_t wanted_chunks(const Step& step) { return step.threads * 4; }
+
+// ---- the embedding ----
+
+float half_to_float(uint16_t word) {
+    const int exponent = (word >> 10) & 31, fraction = word & 1023;
+    const float sign = word & 0x8000 ? -1.0f : 1.0f;
+    if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    return sign * std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
+}
+
+float entry(const uint8_t* p, int32_t type, int64_t at) {
+    if (type == LLMK_TYPE_U8) return p[at];
+    float x;
+    if (type == LLMK_TYPE_F32) {
+        std::memcpy(&x, p + 4 * at, 4);
+        return x;
+    }
+    uint16_t word;
+    std::memcpy(&word, p + 2 * at, 2);
+    if (type == LLMK_TYPE_F16) return half_to_float(word);
+    const uint32_t bits = static_cast<uint32_t>(word) << 16;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+void embed(const llmk_stored& table, int64_t token, float* y) {
+    const int64_t columns = table.columns, of_row = ceil_div(columns, table.group);
+    if (table.bits == 16) {
+        for (int64_t i = 0; i < columns; ++i) y[i] = entry(table.values, table.value_type, token * columns + i);
+        return;
+    }
+    const uint8_t* codes = table.values + token * (table.bits == 4 ? ceil_div(columns, 2) : columns);
+    const bool symmetric = table.zero_type == LLMK_TYPE_NONE;
+    for (int64_t i = 0; i < columns; ++i) {
+        const int64_t group = token * of_row + i / table.group;
+        const int code = table.bits == 4 ? (codes[i / 2] >> (4 * (i % 2))) & 15 : symmetric ? codes[i] ^ 0x80 : codes[i];
+        const float zero = symmetric ? (table.bits == 4 ? 8.0f : 128.0f) : entry(table.zeros, table.zero_type, group);
+        y[i] = (static_cast<float>(code) - zero) * entry(table.scales, table.scale_type, group);
+    }
+}
+
+// ---- phases of matrix products ----
+
+// `source()` gives the rows [M, columns] of a stage, made by this thread; it may be asked twice.
+template <class Source>
+void first_factors(Team& team, const Step& step, const Stage& stage, Source&& source) {
+    if (!stage.any_low_rank()) return;
+    static thread_local Arena arena;
+    InputSet inputs;
+    int64_t total = 0;
+    for (int i = 0; i < stage.count; ++i)
+        if (stage.middle[i] != nullptr) total += blocks(stage.linear[i]->first);
+    const auto prepare = [&] {
+        arena.clear();
+        const int64_t columns = stage.linear[0]->first.columns;
+        inputs = InputSet(step.m, columns);
+        for (int i = 0; i < stage.count; ++i)
+            if (stage.middle[i] != nullptr) inputs.add(arena, stage.linear[i]->first);
+        inputs.fill(source(), columns, 0, step.m);
+    };
+    const int64_t size = ceil_div(total, wanted_chunks(step));
+    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+        int64_t begin = chunk * size, end = smaller(begin + size, total);
+        for (int i = 0; i < stage.count && begin < end; ++i) {
+            if (stage.middle[i] == nullptr) continue;
+            const llmk_matrix& w = stage.linear[i]->first;
+            const int64_t here = smaller(end, blocks(w));
+            if (begin < here) {
+                kernels().multiply(w, inputs.of(w), begin, here, stage.middle[i] + begin * kBlock, w.rows);
+                begin = here;
+            }
+            begin -= blocks(w);
+            end -= blocks(w);
+        }
+    });
+}
+
+// The inputs of the last matrices of a stage, one set for those of one factor and one for each low rank.
+class LastInputs {
+  public:
+    template <class Source>
+    void prepare(const Step& step, const Stage& stage, Arena& arena, Source&& source) {
+        const int64_t columns = stage.linear[0]->first.columns;
+        shared_ = InputSet(step.m, columns);
+        bool any_shared = false;
+        for (int i = 0; i < stage.count; ++i) {
+            const llmk_linear& linear = *stage.linear[i];
+            if (!is_low_rank(linear)) {
+                shared_.add(arena, linear.first);
+                any_shared = true;
+                continue;
+            }
+            own_[i] = InputSet(step.m, linear.second.columns);
+            own_[i].add(arena, linear.second);
+            own_[i].fill(stage.middle[i], linear.second.columns, 0, step.m);
+        }
+        if (any_shared) shared_.fill(source(), columns, 0, step.m);
+        for (int i = 0; i < stage.count; ++i) {
+            const llmk_linear& linear = *stage.linear[i];
+            inputs_[i] = is_low_rank(linear) ? own_[i].of(linear.second) : shared_.of(linear.first);
+        }
+    }
+    const Inputs& of(int i) const { return inputs_[i]; }
+
+  private:
+    InputSet shared_, own_[3];
+    Inputs inputs_[3];
+};
+
+// Rows of a product, handed to `done(linear, first row, rows, sums [M, rows of stride], stride)` where they are computed.
+template <class Source, class Done>
+void products(Team& team, const Step& step, const Stage& stage, Source&& source, Done&& done) {
+    first_factors(team, step, stage, source);
+    static thread_local Arena arena;
+    LastInputs inputs;
+    int64_t total = 0;
+    for (int i = 0; i < stage.count; ++i) total += blocks(last_matrix(*stage.linear[i]));
+    const int64_t size = smaller(ceil_div(total, wanted_chunks(step)), 128), stride = size * kBlock;
+    float* sums = nullptr;
+    const auto prepare = [&] {
+        arena.clear();
+        sums = arena.take<float>(step.m * stride);
+        inputs.prepare(step, stage, arena, source);
+    };
+    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+        int64_t begin = chunk * size, end = smaller(begin + size, total);
+        for (int i = 0; i < stage.count && begin < end; ++i) {
+            const llmk_matrix& w = last_matrix(*stage.linear[i]);
+            const int64_t here = smaller(end, blocks(w));
+            if (begin < here) {
+                kernels().multiply(w, inputs.of(i), begin, here, sums, stride);
+                done(i, begin * kBlock, smaller(here * kBlock, w.rows) - begin * kBlock, sums, stride);
+                begin = here;
+            }
+            begin -= blocks(w);
+            end -= blocks(w);
+        }
+    });
+}
+
+// The same for two linears of one shape whose rows are needed together.
+template <class Source, class Done>
+void paired_products(Team& team, const Step& step, const Stage& stage, Source&& source, Done&& done) {
+    first_factors(team, step, stage, source);
+    static thread_local Arena arena;
+    LastInputs inputs;
+    const int64_t total = blocks(last_matrix(*stage.linear[0])), rows = out_features(*stage.linear[0]);
+    const int64_t size = smaller(ceil_div(total, wanted_chunks(step)), 128), stride = size * kBlock;
+    float* sums = nullptr;
+    const auto prepare = [&] {
+        arena.clear();
+        sums = arena.take<float>(2 * step.m * stride);
+        inputs.prepare(step, stage, arena, source);
+    };
+    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+        const int64_t begin = chunk * size, end = smaller(begin + size, total);
+        float* second = sums + step.m * stride;
+        kernels().multiply(last_matrix(*stage.linear[0]), inputs.of(0), begin, end, sums, stride);
+        kernels().multiply(last_matrix(*stage.linear[1]), inputs.of(1), begin, end, second, stride);
+        done(begin * kBlock, smaller(end * kBlock, rows) - begin * kBlock, sums, second, stride);
+    });
+}
+
+// A thread's own [M, H] of the normalized residual stream.
+const float* normalized(const Step& step, const float* weight) {
+    static thread_local Arena arena;
+    arena.clear();
+    const int64_t hidden = step.model.hidden;
+    float* y = arena.take<float>(step.m * hidden);
+    for (int64_t i = 0; i < step.m; ++i)
+        kernels().rms_norm(step.residual + i * hidden, weight, step.model.epsilon, hidden, y + i * hidden);
+    return y;
+}
+
+template <class Source>
+void add_to_residual(Team& team, const Step& step, const Stage& stage, Source&& source) {
+    const float* bias = stage.linear[0]->bias;
+    products(team, step, stage, source, [&](int, int64_t row, int64_t rows, const float* sums, int64_t stride) {
+        for (int64_t i = 0; i < step.m; ++i)
+            kernels().add(sums + i * stride, bias == nullptr ? nullptr : bias + row, rows,
+                          step.residual + i * step.model.hidden + row);
+    });
+}
+
+// ---- attention ----
+
+void rotate(float* x, const float* sines, const float* cosines, int64_t head_dim) {
+    const int64_t half = head_dim / 2;
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[half + i];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[half + i] = second * cosines[i] + first * sines[i];
+    }
+}
+
+// One layer's view of the cached tokens and of the heads just computed.
+struct AttentionLayer {
+    const Step& step;
+    const llmk_layer& layer;
+    const llmk_cache& cache;
+    int64_t queries, keys;          // widths
+    int64_t group;                  // heads that share keys
+    int64_t first, tokens;          // of the cache that are seen, the new one included
+    int64_t parts, part_tokens;
+
+    AttentionLayer(const Step& s, const llmk_layer& l, const llmk_cache& c) : step(s), layer(l), cache(c) {
+        const int64_t d = step.model.head_dim;
+        queries = layer.heads * d;
+        keys = layer.key_value_heads * d;
+        group = layer.heads / layer.key_value_heads;
+        first = layer.window > 0 ? larger(0, cache.length + 1 - layer.window) : 0;
+        tokens = cache.length + 1 - first;
+        const int64_t wanted = ceil_div(wanted_chunks(step), step.m * layer.key_value_heads);
+        part_tokens = larger(64, round_up(ceil_div(tokens, wanted), 64));
+        parts = ceil_div(tokens, part_tokens);
+    }
+
+    static int64_t most_parts(const Step& step) { return wanted_chunks(step); }
+    int64_t chunks() const { return step.m * layer.key_value_heads * parts; }
+    float* row(int64_t sequence) const { return step.heads + sequence * (queries + 2 * keys); }
+
+    // One run of tokens of one sequence and one head of keys.
+    void run(int64_t chunk) const {
+        const int64_t d = step.model.head_dim;
+        const int64_t part = chunk % parts, head = chunk / parts % layer.key_value_heads;
+        const int64_t sequence = chunk / parts / layer.key_value_heads;
+        const int64_t begin = first + part * part_tokens, end = smaller(begin + part_tokens, first + tokens);
+        if (part == parts - 1) store_new(sequence, head);
+
+        static thread_local Arena arena;
+        arena.clear();
+        float* query = arena.take<float>(group * d);
+        float* output = arena.take<float>(group * d);
+        float* largest = arena.take<float>(group);
+        float* total = arena.take<float>(group);
+        for (int64_t i = 0; i < group; ++i) prepare_query(sequence, head * group + i, query + i * d);
+        const int64_t bytes = type_bytes(cache.type);
+        const int64_t at = (sequence * cache.batch_stride + head * cache.head_stride + begin * cache.token_stride) * bytes;
+        const uint8_t* mask = step.mask == nullptr ? nullptr : step.mask + sequence * step.mask_stride + cache.mask_offset + begin;
+        kernels().attend({query, group, d, cache.keys + at, cache.values + at, cache.token_stride, cache.type, end - begin, mask,
+                          output, largest, total});
+        for (int64_t i = 0; i < group; ++i) {
+            const int64_t to = (sequence * layer.heads + head * group + i) * parts + part;
+            std::memcpy(step.partial + to * d, output + i * d, static_cast<size_t>(d) * sizeof(float));
+            step.largest[to] = largest[i];
+            step.totals[to] = total[i];
+        }
+    }
+
+    void prepare_query(int64_t sequence, int64_t head, float* query) const {
+        const int64_t d = step.model.head_dim, half = d / 2;
+        std::memcpy(query, row(sequence) + head * d, static_cast<size_t>(d) * sizeof(float));
+        if (layer.query_norm != nullptr) kernels().rms_norm(query, layer.query_norm, step.model.epsilon, d, query);
+        rotate(query, step.sines + sequence * half, step.cosines + sequence * half, d);
+        const float scaling = 1.0f / std::sqrt(static_cast<float>(d));
+        for (int64_t i = 0; i < d; ++i) query[i] *= scaling;
+    }
+
+    // The new token's key and value, into the cache.
+    void store_new(int64_t sequence, int64_t head) const {
+        const int64_t d = step.model.head_dim, half = d / 2;
+        float* key = row(sequence) + queries + head * d;
+        if (layer.key_norm != nullptr) kernels().rms_norm(key, layer.key_norm, step.model.epsilon, d, key);
+        rotate(key, step.sines + sequence * half, step.cosines + sequence * half, d);
+        const int64_t at = sequence * cache.batch_stride + head * cache.head_stride + cache.length * cache.token_stride;
+        store(key, cache.keys, at);
+        store(row(sequence) + queries + keys + head * d, cache.values, at);
+    }
+
+    void store(const float* x, uint8_t* states, int64_t at) const {
+        const int64_t d = step.model.head_dim;
+        if (cache.type == LLMK_TYPE_BF16) return kernels().to_bf16(x, d, d, reinterpret_cast<uint16_t*>(states) + at);
+        std::memcpy(reinterpret_cast<float*>(states) + at, x, static_cast<size_t>(d) * sizeof(float));
+    }
+
+    // A thread's own [M, N D] of what all parts have attended.
+    const float* combined() const {
+        static thread_local Arena arena;
+        arena.clear();
+        float* y = arena.take<float>(step.m * queries);
+        const int64_t d = step.model.head_dim;
+        for (int64_t head = 0; head < step.m * layer.heads; ++head) combine(head * parts, y + head * d);
+        return y;
+    }
+
+    void combine(int64_t from, float* y) const {
+        const int64_t d = step.model.head_dim;
+        float largest = -INFINITY, total = 0;
+        for (int64_t p = 0; p < parts; ++p) largest = std::fmax(largest, step.largest[from + p]);
+        for (int64_t i = 0; i < d; ++i) y[i] = 0;
+        for (int64_t p = 0; p < parts; ++p) {
+            if (step.largest[from + p] == -INFINITY) continue;
+            const float scale = std::exp(step.largest[from + p] - largest);
+            total += scale * step.totals[from + p];
+            for (int64_t i = 0; i < d; ++i) y[i] += scale * step.partial[(from + p) * d + i];
+        }
+        for (int64_t i = 0; total > 0 && i < d; ++i) y[i] /= total;
+    }
+};
+
+void attention(Team& team, const Step& step, const llmk_layer& layer, const llmk_cache& cache, const Stage stages[2]) {
+    const AttentionLayer heads(step, layer, cache);
+    const int64_t begin[3] = {0, heads.queries, heads.queries + heads.keys};
+    const auto source = [&] { return normalized(step, layer.input_norm); };
+    products(team, step, stages[0], source, [&](int i, int64_t row, int64_t rows, const float* sums, int64_t stride) {
+        const float* bias = stages[0].linear[i]->bias;
+        for (int64_t sequence = 0; sequence < step.m; ++sequence) {
+            float* y = heads.row(sequence) + begin[i] + row;
+            std::memcpy(y, sums + sequence * stride, static_cast<size_t>(rows) * sizeof(float));
+            if (bias != nullptr) kernels().add(bias + row, nullptr, rows, y);
+        }
+    });
+    team.run(heads.chunks(), [] {}, [&](int64_t chunk) { heads.run(chunk); });
+    add_to_residual(team, step, stages[1], [&] { return heads.combined(); });
+}
+
+// ---- the feed-forward ----
+
+void feed_forward(Team& team, const Step& step, const llmk_layer& layer, const Stage stages[2]) {
+    const int64_t width = out_features(layer.up);
+    const auto source = [&] { return normalized(step, layer.post_norm); };
+    const auto with_bias = [&](const llmk_linear& linear, int64_t row, int64_t rows, float* sums) {
+        if (linear.bias != nullptr) kernels().add(linear.bias + row, nullptr, rows, sums);
+    };
+    if (layer.gated) {
+        paired_products(team, step, stages[0], source, [&](int64_t row, int64_t rows, float* gate, float* up, int64_t stride) {
+            for (int64_t i = 0; i < step.m; ++i) {
+                with_bias(layer.gate, row, rows, gate + i * stride);
+                with_bias(layer.up, row, rows, up + i * stride);
+                kernels().activate(step.model.activation, gate + i * stride, up + i * stride, rows, step.gated + i * width + row);
+            }
+        });
+    } else {
+        products(team, step, stages[0], source, [&](int, int64_t row, int64_t rows, float* up, int64_t stride) {
+            for (int64_t i = 0; i < step.m; ++i) {
+                with_bias(layer.up, row, rows, up + i * stride);
+                kernels().activate(step.model.activation, up + i * stride, nullptr, rows, step.gated + i * width + row);
+            }
+        });
+    }
+    add_to_residual(team, step, stages[1], [&] { return static_cast<const float*>(step.gated); });
+}
+
+void head(Team& team, const Step& step, const Stage& stage) {
+    const int64_t vocabulary = out_features(step.model.head);
+    const float* bias = step.model.head.bias;
+    const auto source = [&] { return normalized(step, step.model.final_norm); };
+    products(team, step, stage, source, [&](int, int64_t row, int64_t rows, float* sums, int64_t stride) {
+        for (int64_t i = 0; i < step.m; ++i) {
+            if (bias != nullptr) kernels().add(bias + row, nullptr, rows, sums + i * stride);
+            const int64_t at = i * vocabulary + row;
+            if (step.logits_type == LLMK_TYPE_BF16)
+                kernels().to_bf16(sums + i * stride, rows, rows, static_cast<uint16_t*>(step.logits) + at);
+            else
+                std::memcpy(static_cast<float*>(step.logits) + at, sums + i * stride, static_cast<size_t>(rows) * sizeof(float));
+        }
+    });
+}
+
+// ---- the whole ----
+
+// Room for what all threads share, and what stands before the first phase: embeddings, sines and cosines.
+void make_room(Step& step, Arena& arena) {
+    const llmk_model& model = step.model;
+    const int64_t m = step.m, d = model.head_dim;
+    int64_t heads = 0, width = 0, queries = 0;
+    for (int32_t i = 0; i < model.layers; ++i) {
+        const llmk_layer& layer = model.layer[i];
+        if (layer.attends) heads = larger(heads, (layer.heads + 2 * layer.key_value_heads) * d);
+        if (layer.attends) queries = larger(queries, layer.heads);
+        if (layer.feeds) width = larger(width, out_features(layer.up));
+    }
+    const int64_t parts = m * queries * AttentionLayer::most_parts(step);
+    step.residual = arena.take<float>(m * model.hidden);
+    step.sines = arena.take<float>(m * d / 2);
+    step.cosines = arena.take<float>(m * d / 2);
+    step.heads = arena.take<float>(m * heads);
+    step.partial = arena.take<float>(parts * d);
+    step.largest = arena.take<float>(parts);
+    step.totals = arena.take<float>(parts);
+    step.gated = arena.take<float>(m * width);
+    for (int64_t i = 0; i < m; ++i) {
+        embed(model.embedding, step.tokens[i], step.residual + i * model.hidden);
+        for (int64_t k = 0; k < d / 2; ++k) {
+            const float angle = static_cast<float>(step.positions[i]) * model.rotary_frequencies[k];
+            step.sines[i * d / 2 + k] = std::sin(angle) * model.rotary_scale;
+            step.cosines[i * d / 2 + k] = std::cos(angle) * model.rotary_scale;
+        }
+    }
+}
+
+constexpr int64_t kLayerPhases = 9;
+
+void decode(Step step) {
+    const llmk_model& model = step.model;
+    static thread_local Arena arena;
+    arena.clear();
+    make_room(step, arena);
+    std::vector<Stage> stages(static_cast<size_t>(4 * model.layers + 1));
+    for (int32_t i = 0; i < model.layers; ++i) {
+        const llmk_layer& layer = model.layer[i];
+        Stage* of_layer = &stages[4 * i];
+        if (layer.attends) {
+            for (const llmk_linear* linear : {&layer.query, &layer.key, &layer.value}) of_layer[0].add(*linear, arena, step.m);
+            of_layer[1].add(layer.output, arena, step.m);
+        }
+        if (layer.feeds) {
+            if (layer.gated) of_layer[2].add(layer.gate, arena, step.m);
+            of_layer[2].add(layer.up, arena, step.m);
+            of_layer[3].add(layer.down, arena, step.m);
+        }
+    }
+    stages.back().add(model.head, arena, step.m);
+    run_team(step.threads, kLayerPhases * model.layers + 2, [&](Team& team) {
+        for (int32_t i = 0; i < model.layers; ++i) {
+            if (model.layer[i].attends) attention(team, step, model.layer[i], step.caches[i], &stages[4 * i]);
+            if (model.layer[i].feeds) feed_forward(team, step, model.layer[i], &stages[4 * i + 2]);
+        }
+        head(team, step, stages.back());
+    });
+}
+
+}  // namespace
+}  // namespace llmk
+
+LLMK_API const char* llmk_decode(
+    const llmk_model* model, const int64_t* tokens, const int64_t* positions, int64_t batch, const llmk_cache* caches,
+    const uint8_t* mask, int64_t mask_stride, void* logits, int32_t logits_type, int threads) {
+    for (int64_t i = 0; i < batch; ++i)
+        if (tokens[i] < 0 || tokens[i] >= model->embedding.rows) return "a token is not of the vocabulary";
+    try {
+        llmk::decode({*model, tokens, positions, batch, caches, mask, mask_stride, logits, logits_type, threads < 1 ? 1 : threads,
+                      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr});
+    } catch (const std::exception&) {
+        return "out of memory";
+    }
+    return nullptr;
+}

@@ -1,0 +1,59 @@
+// What every instruction set has to provide. One table an instruction set, one in use.
+#pragma once
+
+#include "matrix.h"
+
+namespace llmk {
+
+// Rows of activations as a matrix product takes them: those of its representations that the matrix needs are set.
+struct Inputs {
+    int64_t rows = 0;             // M
+    const float* floats = nullptr;  // [M, columns]
+    int64_t float_stride = 0;
+    const uint16_t* bf16 = nullptr;  // [M, padded], zero behind the columns
+    const int8_t* codes = nullptr;   // [M, padded], 32 columns sharing a scale
+    const float* scales = nullptr;   // [M, padded / 32]
+    const int32_t* sums = nullptr;   // of the 32 codes
+    int64_t padded = 0;
+};
+
+// Queries of the heads that share one head of keys and values, over a run of cached tokens.
+struct Attention {
+    const float* queries;  // [heads, head_dim], scaled
+    int64_t heads;
+    int64_t head_dim;
+    const uint8_t* keys;  // of the first token
+    const uint8_t* values;
+    int64_t token_stride;
+    int32_t type;
+    int64_t tokens;
+    const uint8_t* mask;  // NULL, or a byte a token, 0 where it is not seen
+    float* output;        // [heads, head_dim]: the sum of exp(score - largest) * value
+    float* largest;       // [heads]; -inf where no token is seen
+    float* total;         // [heads]: the sum of exp(score - largest)
+};
+
+struct Kernels {
+    const char* name;
+    bool expands;  // whether sparse layouts are understood
+    // One row [columns] into codes, scales and sums, every group of columns padded to a multiple of 32 (0: none is).
+    void (*quantize)(const float* x, int64_t columns, int64_t group, int8_t* codes, float* scales, int32_t* sums);
+    void (*to_bf16)(const float* x, int64_t columns, int64_t padded, uint16_t* y);
+    void (*to_floats)(const uint16_t* x, int64_t columns, float* y);
+    // out[m * stride + row] for the rows of some blocks of 16; rows of the first block begin at out[0].
+    void (*multiply)(const llmk_matrix& w, const Inputs& x, int64_t first_block, int64_t end_block, float* out, int64_t stride);
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* y);
+    void (*add)(const float* x, const float* bias, int64_t columns, float* y);  // y += x (+ bias)
+    void (*activate)(int32_t activation, const float* gate, const float* up, int64_t columns, float* y);
+    void (*attend)(const Attention& a);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+const Kernels& kernels();
+
+}  // namespace llmk

@@ -1,0 +1,8 @@
+#include "lanes_avx2.h"
+#include "kernels.inl"
+
+namespace llmk {
+
+const Kernels kAvx2 = {"avx2", kExpands, quantize, to_bf16, to_floats, multiply, rms_norm, add, activate, attend};
+
+}  // namespace llmk

@@ -1,0 +1,9 @@
+#define LLMK_SPARSE_LANES
+#include "lanes_avx512.h"
+#include "kernels.inl"
+
+namespace llmk {
+
+const Kernels kAvx512 = {"avx512", kExpands, quantize, to_bf16, to_floats, multiply, rms_norm, add, activate, attend};
+
+}  // namespace llmk

@@ -1,0 +1,8 @@
+#include "lanes_portable.h"
+#include "kernels.inl"
+
+namespace llmk {
+
+const Kernels kPortable = {"portable", kExpands, quantize, to_bf16, to_floats, multiply, rms_norm, add, activate, attend};
+
+}  // namespace llmk

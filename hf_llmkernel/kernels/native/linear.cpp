@@ -1,0 +1,87 @@
+// One linear on its own: y = x Wᵀ + bias, of one matrix or a low-rank pair.
+#include <exception>
+
+#include "inputs.h"
+#include "pool.h"
+
+namespace llmk {
+namespace {
+
+// Rows of activations as floats.
+const float* as_floats(const void* x, int32_t type, int64_t count, Arena& arena) {
+    if (type == LLMK_TYPE_F32) return static_cast<const float*>(x);
+    float* floats = arena.take<float>(count);
+    kernels().to_floats(static_cast<const uint16_t*>(x), count, floats);
+    return floats;
+}
+
+struct Call {
+    const llmk_linear& linear;
+    int64_t m;
+    void* y;
+    int32_t y_type;
+};
+
+void fill_all(Team& team, InputSet& inputs, const float* x, int64_t columns, int64_t m) {
+    const int64_t rows = larger(1, ceil_div(m, team.threads() * 4));
+    team.run(ceil_div(m, rows), [] {}, [&](int64_t chunk) {
+        inputs.fill(x, columns, chunk * rows, smaller((chunk + 1) * rows, m));
+    });
+}
+
+int64_t chunk_blocks(const llmk_matrix& w, int64_t m, int threads) {
+    const int64_t fair = ceil_div(blocks(w), threads * 4), cached = larger(1, 2048 / m);
+    return larger(1, smaller(fair, cached));
+}
+
+// y [M, rows] in floats.
+void multiply_all(Team& team, const llmk_matrix& w, const Inputs& x, float* y) {
+    const int64_t step = chunk_blocks(w, x.rows, team.threads());
+    team.run(ceil_div(blocks(w), step), [] {}, [&](int64_t chunk) {
+        const int64_t first = chunk * step;
+        kernels().multiply(w, x, first, smaller(first + step, blocks(w)), y + first * kBlock, w.rows);
+    });
+}
+
+void finish_row(const Call& call, const float* sums, int64_t row) {
+    const llmk_matrix& w = call.linear.second.kind != LLMK_NONE ? call.linear.second : call.linear.first;
+    float* y = const_cast<float*>(sums) + row * w.rows;
+    if (call.linear.bias != nullptr) kernels().add(call.linear.bias, nullptr, w.rows, y);
+    if (call.y_type == LLMK_TYPE_BF16) kernels().to_bf16(y, w.rows, w.rows, static_cast<uint16_t*>(call.y) + row * w.rows);
+}
+
+void apply(const Call& call, const void* x, int32_t x_type, int threads) {
+    static thread_local Arena arena;
+    arena.clear();
+    const llmk_matrix &first = call.linear.first, &second = call.linear.second;
+    const bool low_rank = second.kind != LLMK_NONE;
+    const int64_t m = call.m, rows = low_rank ? second.rows : first.rows;
+    const float* floats = as_floats(x, x_type, m * first.columns, arena);
+    float* y = call.y_type == LLMK_TYPE_F32 ? static_cast<float*>(call.y) : arena.take<float>(m * rows);
+    float* middle = low_rank ? arena.take<float>(m * first.rows) : nullptr;
+    InputSet outer(m, first.columns), inner(m, first.rows);
+    outer.add(arena, first);
+    if (low_rank) inner.add(arena, second);
+    run_team(threads, 5, [&](Team& team) {
+        fill_all(team, outer, floats, first.columns, m);
+        multiply_all(team, first, outer.of(first), low_rank ? middle : y);
+        if (low_rank) {
+            fill_all(team, inner, middle, first.rows, m);
+            multiply_all(team, second, inner.of(second), y);
+        }
+        team.run(m, [] {}, [&](int64_t row) { finish_row(call, y, row); });
+    });
+}
+
+}  // namespace
+}  // namespace llmk
+
+LLMK_API const char* llmk_apply(
+    const llmk_linear* linear, const void* x, int32_t x_type, int64_t m, void* y, int32_t y_type, int threads) {
+    try {
+        if (m > 0) llmk::apply({*linear, m, y, y_type}, x, x_type, threads);
+    } catch (const std::exception&) {
+        return "out of memory";
+    }
+    return nullptr;
+}
