@@ -17,8 +17,8 @@ class InputStatistic:
     """Sums over the tokens of inputs X `[T, I]`.
 
     Args:
-        needs: `"moments"` for sums, squares and magnitudes of each feature; `"gram"` for `XᵀX` too; `"target"` also for
-            `YᵀX`, Y `[T, O]` what the linear should put out (see `reference.py`).
+        needs: `"moments"` for sums, squares and magnitudes of each feature, and the largest; `"gram"` for `XᵀX` too;
+            `"target"` also for `YᵀX`, Y `[T, O]` what the linear should put out (see `reference.py`).
 
     `count` is T; `gram` is fp32 `[I, I]`, `cross` fp32 `[O, I]`; the rest are `[I]`.
     """
@@ -28,6 +28,7 @@ class InputStatistic:
         self.count = 0
         self.sums = self.magnitudes = torch.zeros((), dtype=torch.float64)
         self.squares = torch.zeros((), dtype=torch.float64)
+        self.largest = torch.zeros(())
         self._gram = torch.zeros(())
         self.cross = torch.zeros(())
 
@@ -35,8 +36,10 @@ class InputStatistic:
         """Adds a batch `[..., I]`, with its targets `[..., O]` where they are asked for."""
         rows = inputs.flatten(0, -2)  # [T, I]
         self.count += len(rows)
-        self.sums = self.sums + rows.sum(0).double()
-        self.magnitudes = self.magnitudes + rows.abs().sum(0).double()
+        self.sums, sizes = self.sums + rows.sum(0).double(), rows.abs()
+        self.magnitudes = self.magnitudes + sizes.sum(0).double()
+        largest = sizes.amax(0) if len(rows) else rows.new_zeros(rows.shape[1])
+        self.largest = torch.maximum(self.largest.to(rows.device), largest)
         if self.has_gram:
             self._add_gram(rows)
         else:
@@ -99,11 +102,14 @@ class InputStatistic:
         for tensor in (self.sums, self.magnitudes, self.squares, self._gram, self.cross):
             if tensor.dim():
                 processes.add_up(tensor)
+        device = self.largest.device
+        self.largest = torch.stack(processes.gather(self.largest.cpu())).amax(0).to(device)
 
     def through(self, weight: torch.Tensor) -> "InputStatistic":
         """The statistic of `X Wᵀ` for a weight `[O, I]`: what the second factor of a low rank takes in.
 
-        Exact where there is a Gram matrix, but for the magnitudes, which are those of Gaussian outputs.
+        Exact where there is a Gram matrix, but for the magnitudes, which are those of Gaussian outputs, and the
+        largest, which are bounds.
         """
         outputs = InputStatistic(self.needs)
         outputs.count, outputs.sums = self.count, weight.double() @ self.sums
@@ -114,7 +120,7 @@ class InputStatistic:
         else:  # features taken as uncorrelated but for their means
             spread = self.variance.double() * max(self.count - 1, 0)
             squares = weight.double().square() @ spread + outputs.sums.square() / max(self.count, 1)
-        outputs.squares = squares
+        outputs.squares, outputs.largest = squares, weight.abs() @ self.largest
         outputs.magnitudes = (squares * self.count * 2 / math.pi).sqrt()
         return outputs
 
@@ -127,6 +133,7 @@ class InputStatistic:
         scaled = InputStatistic(self.needs)
         exact = factors.double()
         scaled.count, scaled.sums, scaled.magnitudes = self.count, self.sums * exact, self.magnitudes * exact.abs()
+        scaled.largest = self.largest * factors.abs()
         if self.has_gram:
             scaled._gram = self.gram * factors * factors.unsqueeze(1)
             scaled.cross = self.cross * factors if self.cross.dim() else self.cross
@@ -138,6 +145,7 @@ class InputStatistic:
         """The statistic of some of the features, after the others were removed."""
         kept = InputStatistic(self.needs)
         kept.count, kept.sums, kept.magnitudes = self.count, self.sums[indices], self.magnitudes[indices]
+        kept.largest = self.largest[indices]
         if self.has_gram:
             kept._gram = self.gram[indices][:, indices]
             kept.cross = self.cross[:, indices] if self.cross.dim() else self.cross

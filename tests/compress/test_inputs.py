@@ -29,6 +29,7 @@ def test_moments(x, needs):
         (statistic.mean, rows.mean(0)),
         (statistic.mean_magnitude, rows.abs().mean(0)),
         (statistic.variance, rows.var(0)),
+        (statistic.largest, rows.abs().amax(0)),
     ):
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -69,7 +70,7 @@ def test_changed_inputs_have_the_statistic_of_what_they_became(x, needs):
     factors = torch.rand(40, generator=torch.Generator().manual_seed(1)) + 0.5
     for change in (factors, torch.tensor([3, 17])):
         found, expected = gathered(x, needs).after(change), gathered(changed_inputs(x, change), needs)
-        for name in ("norm", "mean", "mean_magnitude", "variance"):
+        for name in ("norm", "mean", "mean_magnitude", "variance", "largest"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
         if needs == "gram":
             torch.testing.assert_close(found.gram, expected.gram, rtol=1e-5, atol=1e-3)

@@ -1,8 +1,11 @@
-"""AWQ (Lin et al. 2024, arXiv 2306.00978): inputs scaled down, weights scaled up, so that salient columns round finer.
+"""Columns of a weight scaled, and whatever their inputs come from divided by as much.
 
-Column j of a weight is multiplied by `s_j = m_j^α`, m the mean magnitude of its input, and whatever the inputs come
-from is divided by it: a norm for those of q, k, v, gate and up; the rows of up_proj for down_proj; those of v_proj for
-o_proj, where heads that share one value head share its factors. Divided rows of integers are divided scales.
+AWQ (Lin et al. 2024, arXiv 2306.00978) scales salient columns up, so that they round finer: by `s_j = m_j^α`, m the
+mean magnitude of the input. SmoothQuant (Xiao et al. 2023, arXiv 2211.10438) scales inputs that have outliers down, so
+that they could be int8 themselves: by `s_j = max|X_j|^½ / max|W_j|^½`.
+
+Inputs of q, k, v, gate and up come from a norm; those of down_proj from the rows of up_proj; those of o_proj from
+v_proj's, where heads that share one value head share its factors. Divided rows of integers are divided scales.
 
 Reading order: which factors -> where inputs come from -> the fold.
 
@@ -23,7 +26,10 @@ NORMS = {"attention_input": SUBLAYER_MODULES["attention"][1], "mlp_input": SUBLA
 
 
 class Factors(NamedTuple):
-    """Factors fp32 `[I]` of columns, the exponent they come of, and the loss with them as a share of that without."""
+    """Factors fp32 `[I]` of columns, the exponent they come of, and the loss with them as a share of that without.
+
+    AWQ's loss is what rounding the weight costs, SmoothQuant's what rounding the inputs to int8 would.
+    """
 
     factors: torch.Tensor
     exponent: float
@@ -64,6 +70,28 @@ def _factors(magnitude: torch.Tensor, exponent: float) -> torch.Tensor:
     return factors / (factors.max() * factors.min()).sqrt()
 
 
+def smooth_factors(weight: torch.Tensor, largest: torch.Tensor) -> Factors:
+    """`max|X_j|^½ / max|W_j|^½` (section 4), which makes the columns' ranges as hard to round as the inputs'.
+
+    Args:
+        weight: `[O, I]`, of all matrices that take the inputs.
+        largest: `max|X_j|`, `[I]`.
+    """
+    factors = largest.float().clamp(min=1e-5).sqrt() / weight.abs().amax(0).clamp(min=1e-5).sqrt()
+    before = activation_loss(weight, largest)
+    after = activation_loss(weight * factors, largest / factors)
+    return Factors(factors, 0.5, after / before if before else 1.0)
+
+
+def activation_loss(weight: torch.Tensor, largest: torch.Tensor) -> float:
+    """Expected squared error of the outputs of a token whose inputs are int8, one scale for all of them.
+
+    A step is `max|X| / 127`, and an input is off by `step² / 12` on average: `step² / 12 · ‖W‖²`.
+    """
+    step = float(largest.max()) / 127
+    return step**2 / 12 * float(weight.double().square().sum())
+
+
 def takers(layer: LLMKernelConfig, site: str) -> list[str]:
     """The matrices that take the inputs of a site: of a low rank its first factor."""
     return [name for name in matrix_names(layer, site) if not name.endswith(".b")]
@@ -81,12 +109,14 @@ def _heads(layer: LLMKernelConfig) -> tuple[int, int, int]:
     return shared, layer.num_attention_heads // shared, size
 
 
-def shared_magnitude(layer: LLMKernelConfig, site: str, magnitude: torch.Tensor) -> torch.Tensor:
-    """The magnitudes `[I]` of a site's inputs, those that come from one output of v_proj averaged."""
+def shared_by_heads(
+    layer: LLMKernelConfig, site: str, sizes: torch.Tensor, join: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Sizes `[I]` of a site's inputs, those that come from one output of v_proj joined, by `torch.mean` or `amax`."""
     if site != "attention_output":
-        return magnitude
-    heads = magnitude.view(*_heads(layer))
-    return heads.mean(1, keepdim=True).expand_as(heads).reshape(-1)
+        return sizes
+    heads = sizes.view(*_heads(layer))
+    return join(heads, 1, keepdim=True).expand_as(heads).reshape(-1)
 
 
 def fold(block: Block, site: str, factors: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from ..sparsify.reconstruction import reconstruction_loss
 from ..sparsify.sparsegpt import without_dead_inputs
 from ..stage import MatrixStage, refuse_form
 from .coordinate_descent import coordinate_descent
-from .fold import Factors, awq_factors, can_fold, fold, shared_magnitude, takers
+from .fold import Factors, awq_factors, can_fold, fold, shared_by_heads, smooth_factors, takers
 from .gptq import DAMPENING, Rounded, gptq
 from .grid import grid_of
 from .hqq import hqq
@@ -75,7 +75,7 @@ METHODS = {
         True, ("dampening",), 80.0, lambda t: coordinate_descent(t.weight, t.gram, t.form, t.mask, t.stage.dampening)
     ),
 }
-FOLDS = (None, "awq")
+FOLDS = (None, "awq", "smoothquant")
 FOLD_ROWS = 128  # of all that take an input, on which methods with data search for its factor
 FLAGS = ("symmetric", "scale_search", "act_order", "static_groups")
 
@@ -100,8 +100,9 @@ class Quantize(MatrixStage):
         act_order: of `"gptq"`: columns in the order of their inputs' energy, which takes static groups.
         static_groups: of `"gptq"`: scales of the weights before any was rounded.
         dampening: of the Gram matrix, relative to the mean of its diagonal.
-        fold: `"awq"` scales columns by their inputs' magnitudes before they are rounded, by whatever method, and
-            divides norms, up_proj and v_proj, whatever they are stored as, by as much.
+        fold: before columns are rounded, by whatever method, `"awq"` scales them by their inputs' magnitudes, and
+            `"smoothquant"` to make the inputs fit for int8; norms, up_proj and v_proj, whatever they are stored as, are
+            divided by as much.
     """
 
     bits: int
@@ -206,23 +207,28 @@ class Quantize(MatrixStage):
         if found is None or inputs is None:
             super().apply(block, site, inputs, target)
             return None
-        block.note(stage=self.name, site=site, exponent=found.exponent, loss=found.loss)
+        lost = {"awq": "loss", "smoothquant": "activation_loss"}[str(self.fold)]
+        block.note(stage=self.name, site=site, exponent=found.exponent, **{lost: found.loss})
         fold(block, site, found.factors)
         super().apply(block, site, inputs.scaled(1 / found.factors), target)
         return 1 / found.factors
 
     def _factors(self, block: Block, site: str, inputs: InputStatistic) -> Factors | None:
-        """The factors of a site's inputs, by what errors of the matrices to be rounded cost; `None` without any."""
+        """The factors of a site's inputs, from the matrices to be rounded; `None` where there are none."""
         names = self.chosen(takers(block.layer, site))
         if not names:
             return None
         weight = torch.cat([block.weight(name) for name in names])
-        magnitude = shared_magnitude(block.layer, site, inputs.mean_magnitude)
+        if self.fold == "smoothquant":
+            return smooth_factors(weight, shared_by_heads(block.layer, site, inputs.largest, torch.amax))
+        return self._awq_factors(weight, shared_by_heads(block.layer, site, inputs.mean_magnitude, torch.mean), inputs)
+
+    def _awq_factors(self, weight: torch.Tensor, magnitude: torch.Tensor, inputs: InputStatistic) -> Factors:
+        """By what errors cost that are left to stand, or that later columns make up for, as the method is."""
         gram = inputs.gram
         if not METHODS[self.method].needs_data:
             importance = torch.ones_like(magnitude) if self.scale_search else None
             return awq_factors(weight, magnitude, self.form, lambda e: (e @ gram * e).sum(), importance)
-        # What a method costs that lets later columns make up for an error, without its whole pass a candidate.
         upper, _ = damped_inverse_cholesky(without_dead_inputs(weight, gram)[1], self.dampening)
         costs = upper.diagonal().float().square().reciprocal()
         rows = weight[:: max(len(weight) // FOLD_ROWS, 1)]

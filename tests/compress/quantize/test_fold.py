@@ -8,7 +8,14 @@ import torch
 
 from hf_llmkernel.compress.block import Block, matrix_shape
 from hf_llmkernel.compress.inputs import InputStatistic
-from hf_llmkernel.compress.quantize.fold import EXPONENTS, awq_factors, fold, shared_magnitude, takers
+from hf_llmkernel.compress.quantize.fold import (
+    EXPONENTS,
+    awq_factors,
+    fold,
+    shared_by_heads,
+    smooth_factors,
+    takers,
+)
 from hf_llmkernel.compress.quantize.stage import Quantize
 from hf_llmkernel.compress.walk import Walk
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
@@ -79,7 +86,7 @@ def test_a_folded_block_computes_what_it_did(site, form, tmp_path):
     def visit(at, inputs):
         if at != site:
             return None
-        factors = shared_magnitude(block.layer, site, inputs.mean_magnitude) + 0.2
+        factors = shared_by_heads(block.layer, site, inputs.mean_magnitude, torch.mean) + 0.2
         before = {name: block.weight(name) for name in takers(block.layer, site)}
         fold(block, site, factors)
         for name, weight in before.items():
@@ -114,19 +121,44 @@ def test_the_factors_are_those_of_the_papers_search(layer):
     torch.testing.assert_close(found.factors, expected / (expected.max() * expected.min()).sqrt())
 
 
+def test_smooth_factors_share_ranges_between_inputs_and_weights(layer):
+    """Inputs and columns have the same range afterwards; int8 inputs err less, as rounding them does show."""
+    largest = layer.inputs.abs().amax(0)
+    found = smooth_factors(layer.weight, largest)
+    factors = [
+        (max(abs(x) for x in column) / max(abs(w) for w in weights)) ** 0.5
+        for column, weights in zip(layer.inputs.T.tolist(), layer.weight.T.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(found.factors, torch.tensor(factors), rtol=1e-5, atol=0)
+    torch.testing.assert_close(largest / found.factors, (layer.weight * found.factors).abs().amax(0))
+
+    def rounded_loss(inputs, weight):
+        step = inputs.abs().max() / 127
+        return float((((inputs / step).round() * step - inputs) @ weight.T).square().mean())
+
+    before = rounded_loss(layer.inputs, layer.weight)
+    after = rounded_loss(layer.inputs / found.factors, layer.weight * found.factors)
+    assert found.exponent == 0.5 and found.loss < 0.5
+    assert after / before == pytest.approx(found.loss, rel=0.25)
+
+
 def test_inputs_that_never_occur_keep_factors_finite():
     magnitude = torch.tensor([0.0, 1.0, 2.0, 4.0])
     found = awq_factors(torch.randn(4, 4), magnitude, LinearForm(bits=4), lambda e: e.square().sum())
+    assert found.factors.isfinite().all() and (found.factors > 0).all()
+    found = smooth_factors(torch.tensor([[1.0, 0.0]]), torch.tensor([0.0, 1.0]))
     assert found.factors.isfinite().all() and (found.factors > 0).all()
 
 
 def test_heads_that_share_a_value_head_share_its_factors():
     layer = LLMKernelConfig(**TINY)  # four heads of 8, two value heads
     magnitude = torch.arange(32.0)
-    shared = shared_magnitude(layer, "attention_output", magnitude)
+    shared = shared_by_heads(layer, "attention_output", magnitude, torch.mean)
     assert torch.equal(shared[:8], shared[8:16]) and torch.equal(shared[16:24], shared[24:])
     assert torch.equal(shared[:8], (magnitude[:8] + magnitude[8:16]) / 2)
-    assert torch.equal(shared_magnitude(layer, "mlp_input", magnitude), magnitude)
+    largest = shared_by_heads(layer, "attention_output", magnitude, torch.amax)
+    assert torch.equal(largest, magnitude.view(2, 2, 8)[:, 1:].expand(2, 2, 8).reshape(32))
+    assert torch.equal(shared_by_heads(layer, "mlp_input", magnitude, torch.mean), magnitude)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -155,6 +187,17 @@ def test_a_fold_lowers_what_rounding_loses(method, tmp_path):
     assert errors["awq"] < 0.9 * errors[None]
 
 
+@torch.no_grad()
+def test_the_smooth_fold_tells_what_int8_inputs_would_lose(tmp_path):
+    model = whole_model()
+    block, stage = block_of(model), Quantize(bits=8, group_size=None, scale_dtype="float32", fold="smoothquant")
+    found = walked(model, block, lambda at, inputs: stage.apply(block, at, inputs), tmp_path / "smooth", needs="gram")
+    expected = walked(model, block_of(model), lambda at, inputs: None, tmp_path / "exact")
+    assert ((found - expected).square().sum() / expected.square().sum()) < 1e-3
+    assert [note["site"] for note in block.notes] == list(SITES)
+    assert all(note["exponent"] == 0.5 and 0 < note["activation_loss"] < 1.1 for note in block.notes)
+
+
 def test_a_matrix_that_is_integer_already_is_refused():
     layer = LLMKernelConfig(**TINY)
     Quantize(bits=8, include=("k_proj",)).plan(layer)
@@ -178,7 +221,7 @@ def test_a_feed_forward_without_gate_is_not_folded_and_says_so():
 
 
 def test_an_unknown_fold_is_refused():
-    with pytest.raises(ValueError, match=r"fold='no': must be one of \[None, 'awq'\]"):
+    with pytest.raises(ValueError, match=r"fold='no': must be one of \[None, 'awq', 'smoothquant'\]"):
         Quantize(bits=4, fold="no")
 
 
