@@ -11,6 +11,7 @@ from . import pretended_device
 from .test_processes import assert_same, recipe_for
 
 pytestmark = pytest.mark.timeout(120)
+ZEROS = {"bits": 4, "group_size": 16, "symmetric": False, "zero_point_dtype": "float16"}
 STAGES = {
     "structure": [
         {"prune_heads": {"ratio": 0.5, "method": "minitron"}},
@@ -21,6 +22,12 @@ STAGES = {
     "packed": [
         {"sparsify": {"sparsity": 0.5, "method": "magnitude", "update": "none"}},
         {"quantize": {"bits": 4, "group_size": 16, "symmetric": False, "embeddings": True}},
+    ],
+    "rounded": [
+        {"sparsify": {"pattern": "2:4", "method": "magnitude", "include": ["up_proj"]}},
+        {"quantize": {"bits": 4, "group_size": 16, "method": "coordinate_descent", "include": ["mlp.*"]}},
+        {"quantize": {**ZEROS, "method": "gptq", "fold": "awq", "include": ["?_proj"], "exclude": ["o_proj"]}},
+        {"quantize": {**ZEROS, "method": "hqq", "fold": "smoothquant", "include": ["o_proj"]}},
     ],
     "owl_and_admm": [{"sparsify": {"sparsity": 0.5, "method": "wanda", "update": "admm", "allocation": "owl"}}],
     "depth": [{"drop_layers": {"count": 2, "metric": "perplexity", "unit": "sublayer"}}, {"refit": {}}],
