@@ -13,6 +13,7 @@ from hf_llmkernel.registration import CLASS_MODULES, register
 if TYPE_CHECKING:
     from hf_llmkernel.compress import Recipe, compress
     from hf_llmkernel.compress.optimum import LLMKernelPruner, LLMKernelPruningConfig
+    from hf_llmkernel.compress.optimum_quantize import LLMKernelQuantizationConfig, LLMKernelQuantizer
     from hf_llmkernel.compress.sparsify.gradual import GradualPruning, pack_zeros
     from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
     from hf_llmkernel.evaluate import Report, evaluate, inspect
@@ -39,6 +40,8 @@ __all__ = [
     "LLMKernelModel",
     "LLMKernelPruner",
     "LLMKernelPruningConfig",
+    "LLMKernelQuantizationConfig",
+    "LLMKernelQuantizer",
     "LinearForm",
     "Recipe",
     "Report",
@@ -67,6 +70,8 @@ _MODULE_OF = {
     "IntegerCache": "hf_llmkernel.generate.cache",
     "LLMKernelPruner": "hf_llmkernel.compress.optimum",
     "LLMKernelPruningConfig": "hf_llmkernel.compress.optimum",
+    "LLMKernelQuantizationConfig": "hf_llmkernel.compress.optimum_quantize",
+    "LLMKernelQuantizer": "hf_llmkernel.compress.optimum_quantize",
 }
 
 

@@ -1,4 +1,4 @@
-"""`optimum-cli llmkernel prune` and `compress`: this package's work behind Optimum's command line.
+"""`optimum-cli llmkernel prune`, `quantize` and `compress`: this package's work behind Optimum's command line.
 
 Imported at every start of `optimum-cli`, whatever its command: all that is heavy is imported inside functions.
 
@@ -69,24 +69,82 @@ class PruneCommand(ReportingCommand):
         parser.add_argument("--layers", nargs=2, type=int, metavar=("FIRST", "END"), help="Layers, END left out.")
         parser.add_argument("--update", help="What stays becomes: none, least_squares, sparsegpt, admm, bias, ….")
         parser.add_argument("--align", type=int, help="The neurons that stay are a multiple of it.")
-        parser.add_argument("--dtype", help="Of what stays floating: float32, bfloat16, float16.")
-        parser.add_argument("--calibration", metavar="TEXT", help="Text to look at activations with: bbc, a file, ….")
-        parser.add_argument("--samples", type=int, help="Calibration sequences.")
-        parser.add_argument("--length", type=int, help="Tokens of a calibration sequence.")
-        parser.add_argument("--seed", type=int, help="Of the choice of calibration sequences.")
-        parser.add_argument("--evaluation", metavar="TEXT", help="Text to measure both models on.")
+        add_data_options(parser)
 
     def work(self, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        from .compress.optimum import LLMKernelPruner, LLMKernelPruningConfig, setting_names
+        from .compress.optimum import LLMKernelPruner, LLMKernelPruningConfig
 
-        settings = {name: given[name] for name in setting_names() if name in given}
-        text = {"source": given["calibration"], **{name: given[name] for name in ("samples", "length", "seed")}}
-        settings["calibration"] = {name: value for name, value in text.items() if value is not None}
-        settings["evaluation"] = {} if given["evaluation"] is None else {"source": given["evaluation"]}
+        settings = config_settings(LLMKernelPruningConfig.setting_names(), given)
         pruner = LLMKernelPruner.from_pretrained(given["model"])
         done = pruner.prune(given["output"], LLMKernelPruningConfig(**settings))
         by_op = ", ".join(f"{name} {sparsity:.4g}" for name, sparsity in (done.measured_sparsity_by_op or {}).items())
         return done.to_dict(), f"{given['output']}: measured sparsity {done.measured_sparsity:.4g} ({by_op})"
+
+
+class QuantizeCommand(ReportingCommand):
+    """Quantizes by a config of a few names."""
+
+    COMMAND = CommandInfo(name="quantize", help="Store the linears of a language model as integers or 4-bit floats.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        ReportingCommand.parse_args(parser)
+        parser.add_argument("-o", "--output", required=True, help="New folder to write.")
+        parser.add_argument("--method", default="rtn", help="rtn, hqq, gptq, …; bnb-nf4, bnb-fp4, bnb-int8.")
+        parser.add_argument("--bits", type=int, help="8 or 4; bnb methods say it already.")
+        parser.add_argument("--group-size", type=int, help="Columns that share a scale; -1: one scale a row.")
+        parser.add_argument("--asymmetric", action="store_false", dest="symmetric", default=None, help="Zero points.")
+        parser.add_argument("--embeddings", action="store_true", help="Quantize the embedding and the head too.")
+        parser.add_argument("--op-names", nargs="+", metavar="NAME", help="Linears to quantize, as q_proj or 'mlp.*'.")
+        parser.add_argument("--excluded-op-names", nargs="+", metavar="NAME", help="Linears to leave as they are.")
+        parser.add_argument("--layers", nargs=2, type=int, metavar=("FIRST", "END"), help="Layers, END left out.")
+        parser.add_argument(
+            "--set", action="append", metavar="NAME=VALUE", help="Any other setting: act_order=true, double_quant=true."
+        )
+        add_data_options(parser)
+
+    def work(self, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        from .compress.optimum_quantize import LLMKernelQuantizationConfig, LLMKernelQuantizer
+
+        settings = config_settings(LLMKernelQuantizationConfig.setting_names(), given)
+        settings["settings"] = read_settings(given["set"] or [])
+        quantizer = LLMKernelQuantizer.from_pretrained(given["model"])
+        done = quantizer.quantize(given["output"], quantization_config=LLMKernelQuantizationConfig(**settings))
+        reached = f"{done.measured_bytes} bytes, {done.measured_bits_per_weight:.4g} bits a weight in the linears"
+        return done.to_dict(), f"{given['output']}: {reached}"
+
+
+def add_data_options(parser: ArgumentParser) -> None:
+    """What both configs say beside their stage."""
+    parser.add_argument("--dtype", help="Of what stays floating: float32, bfloat16, float16.")
+    parser.add_argument("--calibration", metavar="TEXT", help="Text to look at activations with: bbc, a file, ….")
+    parser.add_argument("--samples", type=int, help="Calibration sequences.")
+    parser.add_argument("--length", type=int, help="Tokens of a calibration sequence.")
+    parser.add_argument("--seed", type=int, help="Of the choice of calibration sequences.")
+    parser.add_argument("--evaluation", metavar="TEXT", help="Text to measure both models on.")
+
+
+def config_settings(names: list[str], given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config by the options given."""
+    settings = {name: given[name] for name in names if name in given}
+    text = {"source": given["calibration"], **{name: given[name] for name in ("samples", "length", "seed")}}
+    settings["calibration"] = {name: value for name, value in text.items() if value is not None}
+    settings["evaluation"] = {} if given["evaluation"] is None else {"source": given["evaluation"]}
+    return settings
+
+
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """A table of `NAME=VALUE`, values as JSON where they are. Raises `ValueError` for one without a name or value."""
+    settings = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if not name or not value:
+            raise ValueError(f"--set {pair}: must be NAME=VALUE, such as act_order=true.")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
 
 
 class CompressCommand(ReportingCommand):
@@ -112,10 +170,10 @@ class CompressCommand(ReportingCommand):
 class LLMKernelCommand(BaseOptimumCLICommand):
     """The commands of this package."""
 
-    COMMAND = CommandInfo(name="llmkernel", help="Prune and compress language models with hf_llmkernel.")
+    COMMAND = CommandInfo(name="llmkernel", help="Prune, quantize and compress language models with hf_llmkernel.")
     SUBCOMMANDS = tuple(
         CommandInfo(name=command.COMMAND.name, help=command.COMMAND.help, subcommand_class=command)
-        for command in (PruneCommand, CompressCommand)
+        for command in (PruneCommand, QuantizeCommand, CompressCommand)
     )
 
     @staticmethod

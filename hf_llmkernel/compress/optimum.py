@@ -1,9 +1,8 @@
 """Pruning by Optimum's conventions: an object from `from_pretrained`, a config saved beside the model it made.
 
-The config's names are those of Intel Neural Compressor, which Optimum pruned with. It stands for a recipe of one stage;
-a ready recipe may take its place.
+The config's names are those of Intel Neural Compressor, which Optimum pruned with.
 
-Reading order: the config -> the recipe it stands for -> its checks -> the pruner -> what is measured.
+Reading order: the config -> the stage it stands for -> its checks -> the pruner -> what is measured.
 """
 
 from collections import Counter
@@ -13,9 +12,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from optimum.configuration_utils import BaseConfig
-from optimum.quantization_base import OptimumQuantizer
-
 from ..convert.gguf_config import gguf_config
 from ..convert.gguf_file import GGUFFile
 from ..convert.incoming import read_config_fields
@@ -23,6 +19,7 @@ from ..convert.source import locate_source
 from ..evaluate.inventory import Entry, inspect
 from ..evaluate.layout import shape_config, slots, stored_values
 from .block import SITES
+from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
 from .prune.stage import METHODS as GROUP_METHODS
 from .recipe import Recipe
@@ -43,7 +40,7 @@ MEASURED = ("measured_sparsity", "measured_sparsity_by_op")
 LINEARS = tuple(leaf for leaves in SITES.values() for leaf in leaves)
 
 
-class LLMKernelPruningConfig(BaseConfig):
+class LLMKernelPruningConfig(RecipeConfig):
     """What to prune, and once it is done what was reached.
 
     Args:
@@ -70,6 +67,8 @@ class LLMKernelPruningConfig(BaseConfig):
 
     CONFIG_NAME = "pruning_config.json"
     FULL_CONFIGURATION_FILE = "pruning_config.json"
+    kind = "pruning config"
+    measured = ("measured_sparsity", "measured_sparsity_by_op")
     target_sparsity: float | None = None
     pruning_type: str | None = None
     pattern: str = "unstructured"
@@ -92,53 +91,25 @@ class LLMKernelPruningConfig(BaseConfig):
                 f"pruning config: {names} are of pruning while training; give them to the Trainer callback "
                 "hf_llmkernel.GradualPruning."
             )
-        if names := sorted(set(unknown) - set(STAMPS)):
-            raise ValueError(f"pruning config: unknown names {names}; the known ones are {setting_names()}.")
-        dtype = self.dtype
-        super().__post_init__()
-        self.dtype = dtype  # a name, which the base class makes torch's
-        self.pattern = ALIASES.get(str(self.pattern), str(self.pattern))
-        if isinstance(self.recipe, Recipe):
-            self.recipe = self.recipe.to_dict()
-        self._check()
+        super().__post_init__(**unknown)
 
-    def to_recipe(self) -> Recipe:
-        """The recipe it stands for."""
-        if self.recipe is not None:
-            return Recipe.load(self.recipe)
-        settings = {name: value for name, value in self._stage_settings().items() if value is not None}
-        return Recipe.load(
-            {
-                "dtype": self.dtype,
-                "calibration": self.calibration or {},
-                "evaluation": self.evaluation or {},
-                "stages": [{GROUP_STAGES.get(self.pattern, "sparsify"): settings}],
-            }
-        )
+    def _stage_name(self) -> str:
+        return GROUP_STAGES.get(self.pattern, "sparsify")
 
     def _stage_settings(self) -> dict[str, Any]:
         shared = {"method": self.pruning_type, "update": self.update, "layers": self.layers}
         if self.pattern in GROUP_STAGES:
             allocation = GROUP_ALLOCATIONS[self.pruning_scope]
-            return {**shared, "ratio": self.target_sparsity, "allocation": allocation, "align": self.align}
-        return {
-            **shared,
-            "sparsity": self.target_sparsity,
-            "pattern": self.pattern,
-            "allocation": WEIGHT_ALLOCATIONS[self.pruning_scope],
-            "include": self.op_names or None,
-            "exclude": [name for name in self.excluded_op_names or () if name not in NEVER_PRUNED],
-        }
+            return given({**shared, "ratio": self.target_sparsity, "allocation": allocation, "align": self.align})
+        own = {"sparsity": self.target_sparsity, "pattern": self.pattern}
+        allocation = WEIGHT_ALLOCATIONS[self.pruning_scope]
+        return given({**shared, **own, "allocation": allocation, **self._chosen_linears()})
 
     def _check(self) -> None:
+        self.pattern = ALIASES.get(str(self.pattern), str(self.pattern))
         if self.recipe is None:
             self._check_pattern()
             self._check_names()
-        else:
-            empty = {name: getattr(type(self), name) for name in setting_names() if name != "recipe"}
-            if given := [name for name, default in empty.items() if getattr(self, name) != default]:
-                raise ValueError(f"recipe: says all there is, but {given} are given too; leave one or the other out.")
-        self.to_recipe()
 
     def _check_pattern(self) -> None:
         groups, target = self.pattern in GROUP_STAGES, self.target_sparsity
@@ -157,30 +128,14 @@ class LLMKernelPruningConfig(BaseConfig):
             raise ValueError(f"align={self.align!r}: goes with pattern='neurons' alone; leave it out.")
 
     def _check_names(self) -> None:
+        super()._check_names()
         for name in ("op_names", "excluded_op_names"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, list | tuple) and all(isinstance(op, str) for op in value)):
-                raise ValueError(f"{name}={value!r}: must be a list of names or globs, such as ['q_proj', 'mlp.*'].")
             if value and self.pattern in GROUP_STAGES:
                 raise ValueError(
                     f"{name}={value!r}: {self.pattern} are removed from all linears that they run through; leave it "
                     "out, or restrict by layers."
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Its own entries and the versions, without what the base class holds for models."""
-        stamps = super().to_dict()
-        versions = {name: stamps[name] for name in STAMPS if name in stamps and name != "model_type"}
-        return {**{name: getattr(self, name) for name in (*setting_names(), *MEASURED)}, **versions}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """All of it, for defaults may change."""
-        return self.to_dict()
-
-
-def setting_names() -> list[str]:
-    """Names of what a pruning config can ask for."""
-    return [name for name in LLMKernelPruningConfig.__annotations__ if name not in MEASURED]
 
 
 def _is_n_m(pattern: Any) -> bool:
@@ -194,34 +149,13 @@ def _is_n_m(pattern: Any) -> bool:
         ) from None
 
 
-class LLMKernelPruner(OptimumQuantizer):
+class LLMKernelPruner(CheckpointQuantizer):
     """Prunes a checkpoint of this family, or of one that `convert_checkpoint` knows, block by block.
 
     Args:
         model_or_path: a folder, Hub id or `.gguf` file, or a model in memory.
         tokenizer: for the texts of calibration and evaluation; by default the checkpoint's own.
     """
-
-    def __init__(self, model_or_path: Any, tokenizer: Any = None):
-        self.model_or_path = model_or_path
-        self.tokenizer = tokenizer
-
-    @classmethod
-    def from_pretrained(
-        cls, model_or_path: Any, file_name: str | None = None, tokenizer: Any = None
-    ) -> "LLMKernelPruner":
-        """A pruner of a checkpoint; nothing of it is loaded before `prune`.
-
-        Args:
-            model_or_path, tokenizer: as the class takes them.
-            file_name: of a GGUF file in that folder or repository.
-
-        Raises:
-            ValueError: a GGUF file that is not there.
-        """
-        if file_name is not None:
-            model_or_path = locate_source(model_or_path, gguf_file=file_name).gguf
-        return cls(model_or_path, tokenizer)
 
     def prune(
         self,
@@ -242,7 +176,7 @@ class LLMKernelPruner(OptimumQuantizer):
         Raises:
             ValueError: bad input, as `compress` says.
         """
-        config = _as_config(pruning_config)
+        config = LLMKernelPruningConfig.read(pruning_config)
         before = count_stored(self.model_or_path)
         recipe, measured = config.to_recipe(), partial(_save_measured, config, before, progress)
         compress(self.model_or_path, recipe, save_dir, self.tokenizer, progress, finish=measured)
@@ -265,8 +199,7 @@ class LLMKernelPruner(OptimumQuantizer):
         Raises:
             ValueError: bad input, as `compress` says.
         """
-        if file_prefix is not None:
-            raise ValueError(f"file_prefix={file_prefix!r}: the files have fixed names; leave it out.")
+        self.check_file_prefix(file_prefix)
         compress(self.model_or_path, {"stages": [{"quantize": kwargs}]}, save_dir, self.tokenizer)
         return Path(save_dir)
 
@@ -274,19 +207,7 @@ class LLMKernelPruner(OptimumQuantizer):
 def _save_measured(config: LLMKernelPruningConfig, before: Counter[str], progress: bool, folder: Path) -> None:
     """Writes a config beside the checkpoint it made, with what was reached there."""
     total, by_op = measure_sparsity(before, inspect(folder, verify=True, progress=progress).entries)
-    asked = {name: getattr(config, name) for name in setting_names()}
-    measured = LLMKernelPruningConfig(**asked, measured_sparsity=total, measured_sparsity_by_op=by_op)
-    measured.save_pretrained(folder)
-
-
-def _as_config(given: Any) -> LLMKernelPruningConfig:
-    if isinstance(given, LLMKernelPruningConfig):
-        return given
-    if isinstance(given, Recipe) or (isinstance(given, dict) and "stages" in given):
-        return LLMKernelPruningConfig(recipe=Recipe.load(given))
-    if isinstance(given, dict):
-        return LLMKernelPruningConfig(**given)
-    raise ValueError(f"pruning_config={given!r}: must be an LLMKernelPruningConfig, a Recipe, or the table of either.")
+    config.with_measured(measured_sparsity=total, measured_sparsity_by_op=by_op).save_pretrained(folder)
 
 
 def count_stored(model_or_path: Any) -> Counter[str]:

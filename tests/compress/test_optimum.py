@@ -293,5 +293,5 @@ def test_bad_usage_ends_with_two_and_one_line(optimum_cli, monkeypatch, tmp_path
 
 
 def test_commands_listed_are_those_that_work(optimum_cli):
-    assert "{prune,compress} ..." in optimum_cli("--help")[1]
+    assert "{prune,quantize,compress} ..." in optimum_cli("--help")[1]
     assert optimum_cli()[0] == 0
