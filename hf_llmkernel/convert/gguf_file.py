@@ -116,12 +116,22 @@ class GGUFFile:
 
     def blocks(self, key: str) -> Iterator[torch.Tensor]:
         """A tensor's values as fp32 `[n, columns]`, a few rows at a time. Raises `ValueError` where not finite."""
-        tensor = self.packed[key]
-        heads = self._heads.get(tensor.name.split(".")[-2]) if tensor.name.startswith("blk.") else None
-        for packed in self._rows(tensor, heads):
-            values = dequantize_rows(packed, tensor.kind)
+        for packed in self.packed_rows(key):
+            values = dequantize_rows(packed, self.packed[key].kind)
             check_finite(key, values, self.path)
             yield values
+
+    def packed_rows(self, key: str) -> Iterator[torch.Tensor]:
+        """A tensor's rows as they are packed, uint8 `[n, row_bytes]`, a few at a time."""
+        tensor = self.packed[key]
+        heads = self._heads.get(tensor.name.split(".")[-2]) if tensor.name.startswith("blk.") else None
+        return self._rows(tensor, heads)
+
+    def type_name(self, key: str) -> str:
+        """The name of a tensor's ggml type, such as `Q6_K`."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.packed[key].kind).name
 
     def values(self, key: str) -> torch.Tensor:
         """A whole tensor, fp32."""

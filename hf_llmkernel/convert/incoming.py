@@ -22,6 +22,7 @@ from .conversion import Conversion, check_dtype, count_parameters, write_tensors
 from .families import FAMILIES, fields_without_meaning, parse_stock_config, to_llm_kernel
 from .gguf_config import gguf_config
 from .gguf_file import GGUFFile
+from .gguf_integers import open_integers
 from .matrices import Matrix, matrices
 from .names import HEADS, Plan, Tensors, check_head, equal_tensors, head_of, plan_copies, tensors_of
 from .source import (
@@ -91,6 +92,7 @@ def convert_checkpoint(
         tokenizer=tokenizer,
         dropped=job.plan.dropped,
         ignored_fields=sorted(set(fields_without_meaning(job.fields, job.stock)) - set(legacy_generation(job.fields))),
+        notes=job.notes,
         seconds=round(time.monotonic() - started, 2),
     )
 
@@ -116,6 +118,7 @@ class _Job:
     config: LLMKernelConfig
     plan: Plan
     cast: torch.dtype | None
+    notes: list[str]
 
 
 def _prepare(
@@ -130,7 +133,7 @@ def _prepare(
     check_head(head)
     cast = check_dtype(dtype)
     found = locate_source(source, gguf_file, revision)
-    fields, tensors, where, kept = _open_source(found, keep)
+    fields, tensors, where, kept, notes = _open_source(found, keep)
     stock = parse_stock_config(fields, where)
     config = to_llm_kernel(stock, where, {matrix.path: matrix.form for matrix in kept})
     _check_shapes(config, kept, where)
@@ -142,27 +145,28 @@ def _prepare(
     config.architectures = [model_class.__name__]
     config.dtype = cast or config.dtype or _first_dtype(tensors)
     plan = plan_copies(tensors, *tensors_of(model_class, config), head is not None, where)
-    return _Job(found, fields, tensors, stock, config, plan, cast)
+    return _Job(found, fields, tensors, stock, config, plan, cast, notes)
 
 
-def _open_source(found: Source, keep: bool | None) -> tuple[dict[str, Any], Tensors, str, list[Matrix]]:
-    """The fields of its config.json, its tensors, what messages call the configuration, and what is kept packed."""
+def _open_source(found: Source, keep: bool | None) -> tuple[dict[str, Any], Tensors, str, list[Matrix], list[str]]:
+    """The fields of its config.json, its tensors, what messages call the configuration, what is kept packed, notes."""
     if found.gguf is not None:
         file = GGUFFile(found.gguf)
         fields = gguf_config(file)
         if file.metadata["general.architecture"] == "llama":
             heads = fields["num_attention_heads"]
             file.undo_permutation(heads, fields.get("num_key_value_heads", heads))
-        return fields, file, str(found.gguf), []
+        tensors, kept, notes = open_integers(file) if keep else (file, [], [])
+        return fields, tensors, str(found.gguf), kept, notes
     path = found.folder / "config.json"
     check_companions(found.folder)
     fields, reader = read_config_fields(path), CheckpointReader(found.folder)
     quantization = fields.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        return fields, reader, str(path), []
+        return fields, reader, str(path), [], []
     del fields["quantization_config"]
     tensors, kept = open_compressed(reader, QuantizationConfig(quantization, str(path)), keep is not False)
-    return fields, tensors, str(path), kept
+    return fields, tensors, str(path), kept, []
 
 
 def _check_shapes(config: LLMKernelConfig, kept: list[Matrix], where: str) -> None:

@@ -13,6 +13,8 @@ from hf_llmkernel.checkpoint import CheckpointReader
 from hf_llmkernel.convert import convert_checkpoint
 from hf_llmkernel.convert.gguf_file import GGUFFile
 from hf_llmkernel.data.fetch import fetch_model
+from hf_llmkernel.model.configuration_llm_kernel import LinearForm
+from hf_llmkernel.model.linear_llm_kernel import unpack_nibbles
 
 from .ggufs import Q8, permute, write_gguf
 from .sources import hashes, padded_batch
@@ -288,3 +290,67 @@ def test_the_permutation_is_the_inverse_of_llama_cpps(tmp_path):
     assert torch.equal(file.values(key), permute(weight, 4)) and not torch.equal(file.values(key), weight)
     file.undo_permutation(4, 2)
     assert torch.equal(file.values(key), weight)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("kind", [KINDS.Q8_0, KINDS.Q4_0, KINDS.Q4_1])
+def test_integers_are_kept(tmp_path, architecture, kind):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, architecture, (kind,), tie_word_embeddings=kind == KINDS.Q4_0)
+    report = convert_checkpoint(path, tmp_path / "kept", keep_integers=True)
+    assert convert_checkpoint(path, tmp_path / "floating").parameters == report.parameters and not report.notes
+    kept, floating = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("kept", "floating"))
+    form = LinearForm.from_dict(kept.config.linear_forms["down_proj"])
+    assert (form.bits, form.group_size, form.symmetric) == (8 if kind == KINDS.Q8_0 else 4, 32, kind != KINDS.Q4_1)
+    assert len(kept.config.linear_forms) == 7 and LinearForm.from_dict(kept.config.embed_tokens_form) == form
+    raw = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    codes = np.array(raw["blk.1.ffn_down.weight"].data).reshape(64, 3, -1)[..., 4 if kind == KINDS.Q4_1 else 2 :]
+    if kind != KINDS.Q8_0:
+        codes = np.concatenate((codes & 15, codes >> 4), -1)
+    stored = CheckpointReader(tmp_path / "kept").tensor("model.layers.1.mlp.down_proj.values")
+    stored = stored if kind == KINDS.Q8_0 else unpack_nibbles(stored, 96)
+    assert torch.equal(stored.view(torch.uint8), torch.from_numpy(codes.reshape(64, 96).view(np.uint8)))
+    for name, module in floating.named_modules():
+        if name.endswith(("_proj", "embed_tokens")):
+            weight = kept.get_submodule(name).dense_weight()
+            # Of Q4_1, one rounding of the zero point: it is the offset divided by the scale.
+            assert (weight - module.weight).abs().max() <= (1e-6 if kind == KINDS.Q4_1 else 0)
+    ids, mask = padded_batch("left")
+    with torch.no_grad():
+        difference = (kept(ids, attention_mask=mask).logits - floating(ids, attention_mask=mask).logits).abs()
+    assert (difference * mask[..., None]).max() <= 1e-3
+
+
+def test_what_has_no_form_is_dequantized(tmp_path):
+    write_gguf(tmp_path / "model.gguf", kinds=(KINDS.Q5_0, KINDS.Q8_0, KINDS.F16))
+    report = convert_checkpoint(tmp_path / "model.gguf", tmp_path / "kept", dtype="bfloat16", keep_integers=True)
+    assert len(report.notes) == 1 and "model.embed_tokens (Q5_0)" in report.notes[0] and "(F16)" not in report.notes[0]
+    reader = CheckpointReader(tmp_path / "kept")
+    dtypes = {str(reader.dtype(name)) for name in reader if name.endswith("scales")}
+    assert dtypes == {"torch.float16"} and reader.dtype("model.embed_tokens.weight") == torch.bfloat16
+    assert any(name.endswith("values") for name in reader)
+
+
+def test_constant_blocks_of_q4_1_are_exact(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kinds=(KINDS.Q4_1,))
+    packed = GGUFFile(path).packed["model.layers.1.mlp.up_proj.weight"]
+    with path.open("r+b") as file:
+        file.seek(packed.offset)
+        file.write(np.array([0.0, 0.75], dtype=np.float16).tobytes())
+    convert_checkpoint(path, tmp_path / "kept", keep_integers=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "kept")
+    weight = model.model.layers[1].mlp.up_proj.dense_weight()
+    assert torch.equal(weight[0, :32], torch.full((32,), 0.75))
+
+
+def test_scales_that_are_not_finite(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kinds=(KINDS.Q8_0,))
+    packed = GGUFFile(path).packed["model.layers.1.mlp.up_proj.weight"]
+    with path.open("r+b") as file:
+        file.seek(packed.offset + 34)
+        file.write(np.float16("inf").tobytes())
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: holds an infinity in .*model\.gguf"):
+        convert_checkpoint(path, tmp_path / "kept", keep_integers=True)
+    assert os.listdir(tmp_path) == ["model.gguf"]
