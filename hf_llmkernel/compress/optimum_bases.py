@@ -58,7 +58,7 @@ class RecipeConfig(BaseConfig):
         if isinstance(given, cls):
             return given
         if isinstance(given, Recipe) or (isinstance(given, dict) and "stages" in given):
-            return cls(**{"recipe": Recipe.load(given)})
+            given = {"recipe": Recipe.load(given)}
         if isinstance(given, dict):
             return cls(**given)
         name = cls.kind.replace(" ", "_")
