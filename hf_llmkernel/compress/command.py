@@ -63,6 +63,9 @@ def _render_run(result: dict[str, Any]) -> str:
     lines.append(f"{result['output']}: {written} of weights in {result['seconds']:.0f} s ({spent}), {memory} of memory")
     if fallbacks := [note for note in result["notes"] if "dampening" in note]:
         lines.append(f"dampening was raised in {len(fallbacks)} solves, the first in layer {fallbacks[0]['layer']}")
+    if lost := result["precision"]:
+        counts = ", ".join(f"{lost[kind]} {kind}" for kind in ("overflowed", "underflowed", "subnormal"))
+        lines.append(f"{lost['dtype']}: of {lost['values']} values {counts}; by tensor in precision.json")
     report = [render_reports(columns(Report.from_dict(result["report"])))] if result["report"] else []
     return "\n\n".join(["\n".join(lines), *report])
 

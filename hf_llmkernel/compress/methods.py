@@ -1,6 +1,6 @@
 """The one list of methods: importing it registers every stage."""
 
-from . import refit
+from . import cast, refit
 from .factorize import stage as factorize
 from .prune import depth as drop_layers
 from .prune import hidden as prune_hidden
@@ -12,6 +12,7 @@ from .sparsify import stage as sparsify
 
 __all__ = [
     "bitsandbytes",
+    "cast",
     "drop_layers",
     "factorize",
     "prune",

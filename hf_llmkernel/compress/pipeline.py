@@ -35,6 +35,7 @@ from ..evaluate.clean_process import peak_bytes
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from . import processes
 from .calibration import calibration_ids
+from .cast import Cast, Precision, is_cast
 from .disk import write_json
 from .measure import check_evaluation, measure
 from .plan import plan_stages, stored_sizes
@@ -45,6 +46,9 @@ from .search.plot import plot_searches
 # What only an unfinished run needs, inside of the unfinished output.
 WORK, RUN_FILE, COMPLETE = "work", "run.json", "complete"
 SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
+
+
+Written = tuple[int, dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Compression:
         seconds: of the compression, and `seconds_by` what they were spent on; `measure_seconds` come on top.
         peak_memory_bytes: most that this process has had in memory when the compression ended.
         report: the measured report as a dictionary; `None` without an evaluation text.
+        precision: what the stage `cast` lost, see `Precision.summary`; `None` without one.
     """
 
     source: str
@@ -74,6 +79,7 @@ class Compression:
     measure_seconds: float = 0.0
     peak_memory_bytes: int | None = None
     report: dict[str, Any] | None = None
+    precision: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -124,7 +130,8 @@ def compress(
         source = processes.on_first(lambda: _family_checkpoint(model_or_path, tokenizer, work, progress))
         run = _prepare(source, recipe, tokenizer, work, progress)
         result = run.run()
-        weight_bytes = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
+        written = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
+        weight_bytes, precision = written
         processes.on_first(lambda: plot_searches(run.outcome(), folder))
         if finish is not None:
             processes.on_first(lambda: finish(folder))
@@ -148,6 +155,7 @@ def compress(
             measure_seconds=round(measure_seconds, 2) if report else 0.0,
             peak_memory_bytes=peak,
             report=report,
+            precision=precision,
         )
         if processes.is_first():
             note_outcome(folder, json.dumps({"run": identity, "compression": compression.to_dict()}))
@@ -261,6 +269,9 @@ def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress:
     folder = ModelFolder(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype
     plan_stages(folder.config, recipe.stages, dtype, folder.has_head)
+    for stage in recipe.stages:
+        if isinstance(stage, Cast):
+            processes.on_first(lambda stage=stage: stage.check_range(folder.reader))
     ids = None
     if recipe.needs_data:
         ids = processes.on_first(lambda: calibration_ids(recipe.calibration, reads, folder.config))
@@ -284,35 +295,42 @@ def needed_disk_bytes(config: LLMKernelConfig, weight_bytes: int, recipe: Recipe
     return 2 * weight_bytes + activations + SMALL_FILES_BYTES
 
 
-def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recipe, tokenizer: Any) -> int:
-    """Writes the whole new checkpoint; returns the bytes of its tensors."""
+def _write_result(result: ModelFolder, source: Path, folder: Path, recipe: Recipe, tokenizer: Any) -> Written:
+    """Writes the whole new checkpoint; returns the bytes of its tensors, and what casting them lost."""
     for entry in folder.iterdir():  # of an interrupted attempt
         if entry.is_file() and entry.name != MARKER:
             entry.unlink()
     for stage in recipe.stages:
         stage.plan_whole(result.config)
-    total_bytes = _write_tensors(result, folder)
+    written = _write_tensors(result, recipe, folder)
     copy_companions(source, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     result.config.save_pretrained(folder)
     recipe.save(folder / "recipe.yaml")
-    return total_bytes
+    return written
 
 
-def _write_tensors(result: ModelFolder, folder: Path) -> int:
-    """Writes all tensors, linears as bitsandbytes stores them where the configuration says so; returns their bytes."""
+def _write_tensors(result: ModelFolder, recipe: Recipe, folder: Path) -> Written:
+    """Writes all tensors: cast, and linears as bitsandbytes stores them, where the recipe says so."""
     reader, quantization, layers = result.reader, BitsAndBytes.of(result.config), f"{result.prefix}layers."
+    precision = next((Precision(stage) for stage in recipe.stages if isinstance(stage, Cast)), None)
     with CheckpointWriter(folder) as writer:
         for name in reader:
+            dtype, shape, blocks = reader.dtype(name), reader.shape(name), reader.blocks(name)
+            if precision is not None and is_cast(name, dtype):
+                dtype, blocks = getattr(torch, precision.stage.dtype), precision.blocks(name, blocks)
             linear = name.removesuffix(".weight")
-            matrix = name.startswith(layers) and linear != name and len(reader.shape(name)) == 2
+            matrix = name.startswith(layers) and linear != name and len(shape) == 2
             if quantization is not None and matrix and quantization.quantizes(linear):
-                for suffix, tensor in quantization.encode(reader.tensor(name)).items():
+                for suffix, tensor in quantization.encode(torch.cat(list(blocks)).view(shape)).items():
                     writer.add(f"{linear}.{suffix}", tensor)
             else:
-                writer.add_blocks(name, reader.dtype(name), reader.shape(name), reader.blocks(name))
-    return writer.total_bytes
+                writer.add_blocks(name, dtype, shape, blocks)
+    if precision is None:
+        return writer.total_bytes, None
+    write_json(folder / "precision.json", precision.summary())
+    return writer.total_bytes, precision.summary()
 
 
 def _name(model_or_path: Any) -> str:

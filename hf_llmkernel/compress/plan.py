@@ -50,9 +50,12 @@ def plan_stages(
                 f"{stage.name}: linears are stored as {quantization.name} by then; make bitsandbytes the last stage, "
                 "or start from a floating checkpoint."
             )
+        if planned and stages[len(planned) - 1].writes_whole and not stage.writes_whole:
+            before = stages[len(planned) - 1].name
+            raise ValueError(f"{stage.name}: comes behind {before}, which works when all is written; put it before.")
         stage.check_choice(config)
         config, result = plan_stage(config, stage)
-        planned.append(Planned(config, result, *stored_sizes(config, dtype, has_head)))
+        planned.append(Planned(config, result, *stored_sizes(config, cast(torch.dtype, config.dtype), has_head)))
     return planned
 
 

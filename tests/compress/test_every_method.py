@@ -84,6 +84,7 @@ RUNS = {
         {"quant_type": "fp4", "compute_dtype": "float16"},
         {"quant_type": "int8"},
     ],
+    "cast": [{"dtype": "float16"}, {"dtype": "bfloat16", "overflow": "clamp"}],
     "search": [
         {"choices": [[INT8], [INT4]], "bytes": 0.24},
         {"choices": [[], [{"prune_ffn": FFN}]], "parameters": 0.95},
@@ -112,6 +113,7 @@ REFUSED = {
     "sparsify": ("int8", {"sparsity": 0.5}, "sparsify: q_proj is stored as .*'bits': 8"),
     "quantize": ("int8", {"bits": 4}, "quantize: q_proj is stored as .*'bits': 8"),
     "bitsandbytes": ("int8", {}, "bitsandbytes: q_proj is stored as .*'bits': 8"),
+    "cast": ("dense", {"dtype": "float16", "layers": [0, 1]}, "recipe: cast: include, exclude and layers: a model has one"),
     "search": ("int8", RUNS["search"][0], r"search: choices\[0\]: quantize: q_proj is stored as .*'bits': 8"),
 }
 COMPOSED = [
@@ -246,7 +248,7 @@ def test_bytes_are_as_claimed(case, written):
     folder, result = outcome(written, case)
     tensors = load_file(folder / "model.safetensors")
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    _, claimed = stored_sizes(ModelFolder(folder).config, torch.float32)
+    _, claimed = stored_sizes(ModelFolder(folder).config, ModelFolder(folder).dtype)
     assert stored == claimed == result.weight_bytes
     (header,) = (int.from_bytes((folder / name).read_bytes()[:8], "little") for name in ("model.safetensors",))
     assert (folder / "model.safetensors").stat().st_size == 8 + header + stored
