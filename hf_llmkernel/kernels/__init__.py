@@ -1,9 +1,22 @@
 """Native kernels: compressed linears and whole decoding steps on the CPU, each with its twin in torch.
 
-The model's files ask for `KERNELS` (see `linear_llm_kernel.py`); without the library, built by `build.py`, it is `None`
-and torch serves.
+    with hf_llmkernel.kernels.disabled():
+        model.generate(...)  # on torch
+
+Built with the package or by `python -m hf_llmkernel.kernels.build`; without the library torch serves.
 """
 
-from .library import disabled, is_enabled, isa
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .library import disabled, is_enabled, isa
 
 __all__ = ["disabled", "is_enabled", "isa"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import library  # brings torch, which the build of the library does without
+
+    return getattr(library, name)

@@ -59,14 +59,6 @@ class Model(ctypes.Structure):
     ]
 
 
-class CacheLayer(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride", "token_stride", "length", "mask_offset")),
-        *((name, ctypes.c_int32) for name in ("type", "reserved")),
-    ]
-
-
 def load() -> ctypes.CDLL | None:
     """The library, or `None` where it was not built, is of another ABI, or cannot be loaded."""
     if not LIBRARY.is_file():

@@ -26,6 +26,13 @@ from torch.nn import functional as F
 
 from .configuration_llm_kernel import LinearForm
 
+try:  # where the package is installed with its native library
+    from hf_llmkernel.kernels.dispatch import native_kernels
+
+    KERNELS = native_kernels(interface=1)
+except ImportError:
+    KERNELS = None
+
 INT4_OFFSET = 8  # symmetric 4-bit integers -8..7 are stored as 0..15
 
 
@@ -338,9 +345,18 @@ class PackedWeight(nn.Module):
         return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight `[O, I]`; kept between calls in evaluation, where packed arithmetic is not faster."""
+        """The dense weight `[O, I]`; kept between calls in evaluation, unless native kernels keep their own layout."""
         dtype = dtype or self.compute_dtype
+        if KERNELS is not None and KERNELS.is_enabled() and self._derived is not None and self._derived[1] == "kernels":
+            return unpack_rows(self.stored(), self.form, self.in_features, dtype)
         return self._derive(dtype, lambda: unpack_rows(self.stored(), self.form, self.in_features, dtype))
+
+    def kernel_layout(self):
+        """The weight as native kernels read it, kept between calls in evaluation; `None` where they cannot."""
+        if KERNELS is None or self.values.device.type != "cpu" or not self._may_keep():
+            return None
+        shape = (self.out_features, self.in_features)
+        return self._derive("kernels", lambda: KERNELS.layout(self.stored(), self.form, *shape))
 
     @property
     def weight(self) -> DerivedWeight:
@@ -411,6 +427,9 @@ class PackedLinear(PackedWeight, nn.Linear):
     """A linear `y = x Wᵀ + bias` over a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        layout = self.kernel_layout() if KERNELS is not None and KERNELS.serves(input) else None
+        if layout is not None:
+            return KERNELS.linear(input, layout, self.bias)
         return F.linear(input, self.dense_weight(input.dtype), self.bias)
 
 

@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llm_kernel import LinearForm, LLMKernelConfig
 from .linear_llm_kernel import (
+    KERNELS,
     LowRankEmbedding,
     LowRankLinear,
     PackedWeight,
@@ -825,6 +826,11 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
+        if KERNELS is not None and inputs_embeds is None and labels is None:
+            options = {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
+            logits = KERNELS.decode(self, input_ids, attention_mask, position_ids, past_key_values, options)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -293,11 +293,12 @@ struct AttentionLayer {
         float* largest = arena.take<float>(group);
         float* total = arena.take<float>(group);
         for (int64_t i = 0; i < group; ++i) prepare_query(sequence, head * group + i, query + i * d);
-        const int64_t bytes = type_bytes(cache.type);
+        const int64_t bytes = type_bytes(static_cast<int32_t>(cache.type));
         const int64_t at = (sequence * cache.batch_stride + head * cache.head_stride + begin * cache.token_stride) * bytes;
         const uint8_t* mask = step.mask == nullptr ? nullptr : step.mask + sequence * step.mask_stride + cache.mask_offset + begin;
-        kernels().attend({query, group, d, cache.keys + at, cache.values + at, cache.token_stride, cache.type, end - begin, mask,
-                          output, largest, total});
+        kernels().attend({query, group, d, reinterpret_cast<const uint8_t*>(cache.keys + at),
+                          reinterpret_cast<const uint8_t*>(cache.values + at), cache.token_stride,
+                          static_cast<int32_t>(cache.type), end - begin, mask, output, largest, total});
         for (int64_t i = 0; i < group; ++i) {
             const int64_t to = (sequence * layer.heads + head * group + i) * parts + part;
             std::memcpy(step.partial + to * d, output + i * d, static_cast<size_t>(d) * sizeof(float));
@@ -326,7 +327,7 @@ struct AttentionLayer {
         store(row(sequence) + queries + keys + head * d, cache.values, at);
     }
 
-    void store(const float* x, uint8_t* states, int64_t at) const {
+    void store(const float* x, int64_t states, int64_t at) const {
         const int64_t d = step.model.head_dim;
         if (cache.type == LLMK_TYPE_BF16) return kernels().to_bf16(x, d, d, reinterpret_cast<uint16_t*>(states) + at);
         std::memcpy(reinterpret_cast<float*>(states) + at, x, static_cast<size_t>(d) * sizeof(float));

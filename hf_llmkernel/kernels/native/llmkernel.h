@@ -94,15 +94,14 @@ enum llmk_activation : int32_t { LLMK_SILU = 0, LLMK_GELU = 1, LLMK_GELU_TANH = 
 
 // Keys and values of a layer, [batch, heads, tokens, head_dim] with strides counted in elements.
 struct llmk_cache {
-    uint8_t* keys;
-    uint8_t* values;
+    int64_t keys;  // addresses
+    int64_t values;
     int64_t batch_stride;
     int64_t head_stride;
     int64_t token_stride;
-    int64_t length;        // tokens there are; the new one becomes the token of this index
-    int64_t mask_offset;   // index in the mask of the first token here
-    int32_t type;          // LLMK_TYPE_F32 or LLMK_TYPE_BF16
-    int32_t reserved;
+    int64_t length;       // tokens there are; the new one becomes the token of this index
+    int64_t mask_offset;  // index in the mask of the first token here
+    int64_t type;         // LLMK_TYPE_F32 or LLMK_TYPE_BF16
 };
 
 LLMK_API int llmk_abi();

@@ -1,0 +1,161 @@
+"""Cache layers that a native step writes into: transformers' dynamic layers, with room for tokens to come.
+
+A step replaces the layers of a `DynamicCache` by these. They are what they replace to everyone else, `keys` and
+`values` included, but a new token is written behind the others instead of copying all of them.
+
+Shapes: B batch, N key/value heads, S cached tokens, C tokens there is room for, D head_dim.
+"""
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from .library import TYPES
+
+LEAST_ROOM = 128
+
+
+class _Room:
+    """Keys and values as the first, or the last, of what a larger tensor has room for."""
+
+    def __init__(self) -> None:
+        self.tensor: torch.Tensor | None = None  # [B, N, C, D]
+        self.begin = 0
+        self.length = 0
+
+    def hold(self, states: torch.Tensor | None) -> None:
+        """Takes states `[B, N, S, D]` as they are, without room; also `None` and transformers' empty tensor `[0]`."""
+        self.tensor, self.begin = states, 0
+        self.length = states.shape[-2] if states is not None and states.dim() == 4 else 0
+
+    def states(self) -> torch.Tensor | None:
+        if self.tensor is None or self.tensor.dim() != 4:
+            return self.tensor
+        return self.tensor[:, :, self.begin : self.begin + self.length]
+
+    def make(self) -> None:
+        """Room for one more token, of which there is some already or the tensor becomes a larger one."""
+        assert self.tensor is not None
+        if self.begin + self.length < self.tensor.shape[2] and self.tensor.is_contiguous():
+            return
+        batch, heads, _, head_dim = self.tensor.shape
+        capacity = self.length + max(self.length // 2, LEAST_ROOM)
+        larger = self.tensor.new_empty(batch, heads, capacity, head_dim)
+        larger[:, :, : self.length] = self.tensor[:, :, self.begin : self.begin + self.length]
+        self.tensor, self.begin = larger, 0
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        if self.length:
+            assert self.tensor is not None
+            self.tensor = self.tensor.index_select(0, rows.to(self.tensor.device))
+
+
+class _RoomyStates:
+    """`keys` and `values` of a layer as properties over two rooms."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.key_room, self.value_room = _Room(), _Room()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        return self.key_room.states()
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self.key_room.hold(states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        return self.value_room.states()
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self.value_room.hold(states)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.key_room.reorder(beam_idx)
+        self.value_room.reorder(beam_idx)
+
+    def place(self) -> tuple[int, ...]:
+        """Where the native step finds all this and writes the next token: `llmk_cache`, its mask offset left 0."""
+        keys, values = self.key_room, self.value_room
+        keys.make()
+        values.make()
+        tensor, other = keys.tensor, values.tensor
+        assert tensor is not None and other is not None and tensor.shape == other.shape and keys.begin == values.begin
+        batch, head, token, _ = tensor.stride()
+        offset = keys.begin * token * tensor.element_size()
+        kind = TYPES[tensor.dtype]
+        return tensor.data_ptr() + offset, other.data_ptr() + offset, batch, head, token, keys.length, 0, kind
+
+
+class RoomyLayer(_RoomyStates, DynamicLayer):
+    """A `DynamicLayer` with room."""
+
+    def get_seq_length(self) -> int:
+        return self.key_room.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            super().crop(tokens_to_remove)  # which says what is wrong
+        for room in (self.key_room, self.value_room):
+            room.length = max(room.length + tokens_to_remove, 0)
+
+    def extend(self) -> None:
+        """Counts the token that the native step has written."""
+        self.key_room.length += 1
+        self.value_room.length += 1
+
+
+class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
+    """A `DynamicSlidingWindowLayer` with room, which lets the oldest token go for each new one."""
+
+    def extend(self) -> None:
+        self.cumulative_length += 1
+        for room in (self.key_room, self.value_room):
+            gone = max(room.length + 1 - (self.sliding_window - 1), 0)
+            room.begin += gone
+            room.length += 1 - gone
+
+
+def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:
+    """A cache layer that native steps write into, with the tokens of `layer`: itself, or one to put in its place.
+
+    `None` where there is none: a layer of another kind, without tokens yet, or not fp32 or bf16 on the CPU.
+    """
+    kind = type(layer)
+    if kind in (RoomyLayer, RoomySlidingLayer):
+        writable = layer
+    elif kind is DynamicLayer:
+        writable = RoomyLayer()
+    elif kind is DynamicSlidingWindowLayer:
+        writable = RoomySlidingLayer(layer.sliding_window)
+    else:
+        return None
+    if not layer.is_initialized or getattr(layer, "record_past", False) or not layer.get_seq_length():
+        return None
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.device.type != "cpu":
+        return None
+    if keys.dtype != values.dtype or keys.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if writable is not layer:
+        vars(writable).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
+        writable.keys, writable.values = keys, values
+    return writable
+
+
+def static_place(layer: StaticLayer) -> tuple[int, ...] | None:
+    """`_RoomyStates.place` of a static layer; `None` where it is full, empty, or not fp32 or bf16 on the CPU."""
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or keys.shape != values.shape or keys.device.type != "cpu":
+        return None
+    if keys.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != values.dtype:
+        return None
+    length = int(layer.cumulative_length)
+    if not 0 < length < keys.shape[2] or keys.stride() != values.stride() or keys.stride(-1) != 1:
+        return None
+    batch, head, token, _ = keys.stride()
+    return keys.data_ptr(), values.data_ptr(), batch, head, token, length, 0, TYPES[keys.dtype]

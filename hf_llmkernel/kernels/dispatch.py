@@ -1,0 +1,45 @@
+"""What the model's files ask of this package: the object in the slot `KERNELS` of `linear_llm_kernel.py`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from . import library, step
+from .layout import Layout, packed_layout
+from .ops import OPERATORS
+
+INTERFACE = 1  # of what is below, for a checkpoint's own copy of the model's files may be older or newer
+
+
+class Kernels:
+    """The native kernels to a model."""
+
+    operators = OPERATORS  # torch keeps them as long as this object
+    is_enabled = staticmethod(library.is_enabled)
+    decode = staticmethod(step.decode)
+
+    def serves(self, input: torch.Tensor) -> bool:
+        """Whether activations are such as native linears take, and no gradient has to come back through them."""
+        return (
+            input.device.type == "cpu"
+            and input.dtype in (torch.float32, torch.bfloat16)
+            and type(input) is torch.Tensor
+            and not (input.requires_grad and torch.is_grad_enabled())
+            and library.is_enabled()
+        )
+
+    def layout(
+        self, stored: Mapping[str, torch.Tensor], form: Any, out_features: int, in_features: int
+    ) -> Layout | None:
+        """See `packed_layout`."""
+        return packed_layout(stored, form, out_features, in_features)
+
+    def linear(self, input: torch.Tensor, layout: Layout, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x Wᵀ + bias` of a packed linear."""
+        return torch.ops.llmkernel.linear(input, layout.data, layout.description, bias)
+
+
+def native_kernels(interface: int) -> Kernels | None:
+    """The kernels, or `None` where the library is not there, or speaks another interface than the caller."""
+    return Kernels() if library.NATIVE is not None and interface == INTERFACE else None

@@ -1,0 +1,363 @@
+"""One token of every sequence through a causal model in one native call: `decode`, which `forward` asks first.
+
+A `Plan` is what the native call needs to know of a model, made once and kept while the model stays as it is. Whatever a
+plan does not cover (another module in the tree, hooks, gradients, another cache, more than one new token) is torch's.
+
+Shapes: B batch, S tokens seen and the new one, V vocab_size.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
+
+from . import library
+from .cache import roomy, static_place
+from .layout import Layout, dense_layout, linear_of, stored_weight
+from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
+
+MOST_SEQUENCES = 16
+CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the length
+CAPTURING = "transformers.utils.output_capturing"
+PLAIN_OPTIONS = ("use_cache", "return_dict", "logits_to_keep")
+
+
+class Unplanned(Exception):
+    """A model, or a part of it, that native steps do not cover; torch serves it."""
+
+
+@dataclass
+class Plan:
+    """The C structures of a model and all that they point to; `model` is `None` where steps do not cover it."""
+
+    watched: "Watched"
+    model: Model | None = None
+    kept: list[Any] = field(default_factory=list)
+    attending: list[int] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    vocabulary: int = 0
+    embeds: bool = False  # whether the native call looks tokens up itself
+
+
+class Watched:
+    """What a plan was made from: modules, hooks and tensors, to see whether any of it is another now."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.attributes = [vars(module) for module in modules]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        named = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
+        self.named = [(entries, name, value) for entries in named for name, value in entries.items()]
+        self.tensors = [value for _, _, value in self.named if isinstance(value, torch.Tensor)]
+        self.states = self._states()
+
+    def _states(self) -> list[tuple[int, int]]:
+        return [(tensor.data_ptr(), tensor._version) for tensor in self.tensors]
+
+    def is_hooked(self) -> bool:
+        """Whether anything else than the modules' own code would run."""
+        if any("forward" in attributes for attributes in self.attributes):
+            return True
+        # A model that has given hidden states once keeps transformers' hooks, which do nothing without being asked.
+        return any(hook.__module__ != CAPTURING for hooks in self.hooks if hooks for hook in hooks.values())
+
+    def takes_gradients(self) -> bool:
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
+
+    def is_same(self) -> bool:
+        return all(entries.get(name) is value for entries, name, value in self.named) and self.states == self._states()
+
+
+_plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
+
+
+def decode(
+    model: nn.Module,
+    input_ids: torch.Tensor | None,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Any,
+    options: dict[str, Any],
+) -> torch.Tensor | None:
+    """Logits `[B, 1, V]` of one new token a sequence, the cache extended by it; `None` where torch has to serve.
+
+    Args:
+        model: `LLMKernelForCausalLM`.
+        input_ids: `[B, 1]`.
+        attention_mask: `None`, `[B, S]`, `[B, 1, 1, S]`, or one of these under the kind of attention.
+        position_ids: `None` or `[B, 1]`.
+        options: all else that `forward` was given; any that asks for more than logits is torch's.
+    """
+    if not _is_step(model, input_ids, past_key_values, options):
+        return None
+    assert input_ids is not None and NATIVE is not None
+    plan = plan_of(model)
+    if plan.model is None or plan.watched.is_hooked() or plan.watched.takes_gradients():
+        return None
+    places = _cache_places(past_key_values, plan)
+    if places is None:
+        return None
+    seen = _seen(past_key_values, plan)
+    batch = input_ids.shape[0]
+    mask = _seen_tokens(attention_mask, batch, seen + 1)
+    positions = _positions(position_ids, batch, seen)
+    if mask is NotImplemented or positions is None:
+        return None
+    structure, tokens, table = plan.model, input_ids.to(torch.int64).contiguous(), None
+    if not plan.embeds:
+        structure, tokens, table = _looked_up(structure, model, tokens)
+    logits = torch.empty(batch, 1, plan.vocabulary, dtype=plan.dtype)
+    _call(structure, tokens, positions, places, mask, logits)
+    for index in plan.attending:
+        layer = past_key_values.layers[index]
+        layer.cumulative_length.add_(1) if type(layer) is StaticLayer else layer.extend()
+    return logits
+
+
+def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) -> bool:
+    if not library.is_enabled() or model.training or type(input_ids) is not torch.Tensor:
+        return False
+    if input_ids.dim() != 2 or input_ids.shape[1] != 1 or not 0 < input_ids.shape[0] <= MOST_SEQUENCES:
+        return False
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(cache) not in (DynamicCache, StaticCache, Cache) or cache.offloading:
+        return False
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return False
+    if isinstance(options.get("logits_to_keep"), torch.Tensor):
+        return False
+    config, use_cache = model.config, options.get("use_cache")
+    if config.output_attentions or config.output_hidden_states:
+        return False
+    if not (config.use_cache if use_cache is None else use_cache):
+        return False
+    return not any(value for name, value in options.items() if name not in PLAIN_OPTIONS)
+
+
+# ---- the cache and the call ----
+
+
+def _cache_places(cache: Any, plan: Plan) -> array | None:
+    """`llmk_cache` of every layer, those of a dynamic cache given room; `None` where one is not writable."""
+    assert plan.model is not None
+    layers = cache.layers
+    if len(layers) < plan.model.layers:
+        return None
+    places = array("q", bytes(64 * plan.model.layers))
+    for index in plan.attending:
+        layer = layers[index]
+        if type(layer) is StaticLayer:
+            place = static_place(layer)
+        else:
+            writable = roomy(layer)
+            place = None if writable is None else writable.place()
+            layers[index] = writable or layer
+        if place is None or place[7] != TYPES[plan.dtype]:
+            return None
+        places[8 * index : 8 * index + 8] = array("q", place)
+    return places
+
+
+def _seen(cache: Any, plan: Plan) -> int:
+    return int(cache.layers[plan.attending[0]].get_seq_length())
+
+
+def _seen_tokens(attention_mask: Any, batch: int, length: int) -> Any:
+    """Bytes `[B, S]`, 0 where a token is not seen, `None` where all are; `NotImplemented` for masks of other shapes."""
+    if isinstance(attention_mask, dict):
+        if len(attention_mask) != 1 and any(mask is not None for mask in attention_mask.values()):
+            return NotImplemented
+        attention_mask = next(iter(attention_mask.values()), None)
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.device.type != "cpu":
+        return NotImplemented
+    if attention_mask.dim() == 4:
+        if attention_mask.shape[1:3] != (1, 1):
+            return NotImplemented
+        attention_mask = attention_mask[:, 0, 0]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] < length:
+        return NotImplemented
+    seen = attention_mask == 0 if attention_mask.is_floating_point() else attention_mask != 0
+    seen = seen[:, :length]
+    return None if bool(seen.all()) else seen.to(torch.uint8).expand(batch, -1).contiguous()
+
+
+def _positions(position_ids: torch.Tensor | None, batch: int, seen: int) -> torch.Tensor | None:
+    if position_ids is None:
+        return torch.full((batch,), seen)
+    if position_ids.dim() != 2 or position_ids.shape[1] != 1 or position_ids.shape[0] not in (1, batch):
+        return None
+    return position_ids[:, 0].expand(batch).to(torch.int64).contiguous()
+
+
+def _looked_up(structure: Model, model: Any, tokens: torch.Tensor) -> tuple[Model, torch.Tensor, torch.Tensor]:
+    """The model over a table of just the rows that torch has looked up, the tokens' numbers in it, and the table."""
+    table = model.model.embed_tokens(tokens)[:, 0].float().contiguous()
+    structure = Model.from_buffer_copy(structure)
+    structure.embedding = _table(table)
+    return structure, torch.arange(tokens.shape[0]), table
+
+
+def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: Any, logits: torch.Tensor) -> None:
+    assert NATIVE is not None
+    check(
+        NATIVE.llmk_decode(
+            ctypes.byref(structure),
+            tokens.data_ptr(),
+            positions.data_ptr(),
+            tokens.shape[0],
+            places.buffer_info()[0],
+            None if mask is None else mask.data_ptr(),
+            0 if mask is None else mask.shape[1],
+            logits.data_ptr(),
+            TYPES[logits.dtype],
+            library.threads(),
+        )
+    )
+
+
+# ---- the plan ----
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model as it now is, made anew where anything in it is another than before."""
+    plan = _plans.get(model)
+    if plan is None or not plan.watched.is_same():
+        plan = _plans[model] = _make_plan(model)
+    return plan
+
+
+def _make_plan(model: Any) -> Plan:
+    plan = Plan(Watched(model))
+    try:
+        plan.model = _model_structure(model, plan)
+    except Unplanned:
+        plan.kept.clear()
+    return plan
+
+
+def _model_structure(model: Any, plan: Plan) -> Model:
+    body, config = _expect(model.model, "LLMKernelModel"), model.config
+    _expect(body.rotary_emb, "LLMKernelRotaryEmbedding")
+    if config.hidden_act not in ACTIVATIONS or body.rotary_emb.rope_type in CHANGING_ROTATIONS:
+        raise Unplanned("the activation, or rotary frequencies that change")
+    plan.dtype = body.norm.weight.dtype
+    if plan.dtype not in (torch.float32, torch.bfloat16):
+        raise Unplanned("a dtype that is neither float32 nor bfloat16")
+    layers = list(body.layers[: config.num_hidden_layers])
+    plan.vocabulary = model.lm_head.out_features
+    plan.attending = [index for index, layer in enumerate(layers) if layer.attends]
+    structures = (Layer * len(layers))(*(_layer_structure(layer, config, plan) for layer in layers))
+    table = _embedding(body.embed_tokens, plan)
+    plan.embeds = table is not None
+    plan.kept.append(structures)
+    return Model(
+        layers=len(layers),
+        hidden=config.hidden_size,
+        head_dim=config.head_dim,
+        activation=ACTIVATIONS[config.hidden_act],
+        epsilon=config.rms_norm_eps,
+        rotary_scale=body.rotary_emb.attention_scaling,
+        rotary_frequencies=_floats(body.rotary_emb.inv_freq, plan),
+        final_norm=_norm(body.norm, plan),
+        layer=ctypes.addressof(structures),
+        head=_linear(model.lm_head, plan),
+        embedding=table or Stored(),
+    )
+
+
+def _layer_structure(layer: Any, config: Any, plan: Plan) -> Layer:
+    _expect(layer, "LLMKernelDecoderLayer")
+    structure = Layer(attends=layer.attends, feeds=layer.feeds, gated=config.mlp_gated)
+    if layer.attends:
+        attention = _expect(layer.self_attn, "LLMKernelAttention")
+        if attention.training and attention.attention_dropout:
+            raise Unplanned("dropout")
+        structure.query, structure.key, structure.value, structure.output = (
+            _linear(linear, plan) for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        structure.heads = attention.q_proj.out_features // config.head_dim
+        structure.key_value_heads = structure.heads // attention.num_key_value_groups
+        structure.window = attention.sliding_window or 0
+        structure.input_norm = _norm(layer.input_layernorm, plan)
+        structure.query_norm, structure.key_norm = (_norm(norm, plan) for norm in (attention.q_norm, attention.k_norm))
+    if layer.feeds:
+        if type(_expect(layer.mlp, "LLMKernelMLP").act_fn) is not type(ACT2FN[config.hidden_act]):
+            raise Unplanned("another activation than the configuration's")
+        structure.up, structure.down = _linear(layer.mlp.up_proj, plan), _linear(layer.mlp.down_proj, plan)
+        structure.gate = _linear(layer.mlp.gate_proj, plan) if layer.mlp.gated else Linear()
+        structure.post_norm = _norm(layer.post_attention_layernorm, plan)
+    return structure
+
+
+def _expect(module: Any, name: str) -> Any:
+    """The module, where it is of the family's class of this name."""
+    if type(module).__name__ != name:
+        raise Unplanned(f"{type(module).__name__} in place of {name}")
+    return module
+
+
+def _norm(norm: Any, plan: Plan) -> int | None:
+    kind = type(norm)
+    return None if kind is nn.Identity else _floats(_expect(norm, "LLMKernelRMSNorm").weight, plan)
+
+
+def _floats(tensor: Any, plan: Plan) -> int:
+    """Address of an fp32 copy that lives as long as the plan."""
+    if tensor.device.type != "cpu" or type(tensor.data) is not torch.Tensor:
+        raise Unplanned("a tensor elsewhere than on the CPU")
+    plan.kept.append(tensor.detach().to(torch.float32, copy=True).contiguous())
+    return plan.kept[-1].data_ptr()
+
+
+def _linear(module: Any, plan: Plan) -> Linear:
+    layouts = [_layout(factor) for factor in _factors(module)]
+    bias = None if module.bias is None else module.bias.detach().float().contiguous()
+    plan.kept += [*layouts, bias]
+    return linear_of(layouts[0], layouts[1] if len(layouts) == 2 else None, bias)
+
+
+def _factors(module: Any) -> Iterator[Any]:
+    yield from (module.a, module.b) if type(module).__name__ == "LowRankLinear" else (module,)
+
+
+def _layout(module: Any) -> Layout:
+    kind, layout = type(module), None
+    if kind is nn.Linear and type(module.weight.data) is torch.Tensor and module.weight.device.type == "cpu":
+        layout = dense_layout(module.weight)
+    elif kind.__name__ == "PackedLinear":
+        layout = module.kernel_layout()
+    if layout is None:
+        raise Unplanned(f"{kind.__name__}: no kernel layout")
+    return layout
+
+
+def _embedding(module: Any, plan: Plan) -> Stored | None:
+    """The table as it is stored, where the native call can look tokens up in it."""
+    kind = type(module)
+    if kind is nn.Embedding and module.weight.dtype in (torch.float32, torch.bfloat16):
+        plan.kept.append(module.weight.detach())
+        return _table(module.weight) if module.weight.is_contiguous() and module.weight.device.type == "cpu" else None
+    if kind.__name__ == "PackedEmbedding" and module.form.bits < 16 and module.form.sparsity is None:
+        stored = module.stored()
+        if all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in stored.values()):
+            plan.kept.append(stored)
+            return stored_weight(stored, module.form, module.out_features, module.in_features)
+    return None
+
+
+def _table(weight: torch.Tensor) -> Stored:
+    rows, columns = weight.shape
+    return Stored(
+        rows=rows, columns=columns, bits=16, value_type=TYPES[weight.dtype], group=columns, values=weight.data_ptr()
+    )

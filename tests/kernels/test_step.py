@@ -1,0 +1,326 @@
+"""Whole decoding steps: the logits of torch's own forward, and when torch has to serve."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import StaticCache
+
+from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
+from hf_llmkernel.kernels import disabled, step
+from hf_llmkernel.kernels.cache import RoomyLayer, RoomySlidingLayer
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def forms(names=LINEARS, **fields) -> dict:
+    return {"linear_forms": {name: dict(fields) for name in names}}
+
+
+CONFIGS = {
+    "dense": {},
+    "tied, QK norm": {"qk_norm": True, "tie_word_embeddings": True, "head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "not gated, GELU": {"mlp_gated": False, "hidden_act": "gelu"},
+    "tanh GELU": {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 1},
+    "scaled rotation": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "layers of their own": {
+        "per_layer_config": {
+            0: {"skip": ["attention"], "intermediate_size": 32},
+            1: {"num_attention_heads": 2, "num_key_value_heads": 1},
+            2: {"skip": ["mlp"], "linear_forms": {"q_proj": {"bits": 4, "group_size": 16}}},
+        }
+    },
+    "int4": {**forms(bits=4, group_size=16, symmetric=False), "embed_tokens_form": {"bits": 4, "group_size": 32}},
+    "int8": {
+        **forms(bits=8),
+        "embed_tokens_form": {"bits": 8, "group_size": 24, "symmetric": False},
+        "tie_word_embeddings": True,
+    },
+    "sparse int8": {**forms(bits=8, sparsity="2:4"), "lm_head_form": {"sparsity": "2:4", "bits": 4}},
+    "sparse embedding": {"embed_tokens_form": {"bits": 8, "sparsity": "2:4"}},
+    "low rank": forms(rank=12),
+    "mixed forms": {
+        "linear_forms": {
+            "q_proj": {"rank": 8, "a": {"bits": 4, "group_size": 32}},
+            "k_proj": {"bits": 4, "group_size": 32},
+            "gate_proj": {"rank": 16, "b": {"bits": 8}},
+            "down_proj": {"rank": 8},
+        },
+        "lm_head_form": {"rank": 16},
+    },
+}
+
+
+@pytest.fixture
+def model(request):
+    """A random model of one of `CONFIGS`, evaluating, without gradients."""
+    return random_model(**CONFIGS[request.param])
+
+
+def random_model(**fields) -> LLMKernelForCausalLM:
+    torch.manual_seed(0)
+    return LLMKernelForCausalLM(LLMKernelConfig(**{**SIZES, **fields})).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """A list that grows with every native step."""
+    calls, call = [], step._call
+    monkeypatch.setattr(step, "_call", lambda *arguments: (calls.append(1), call(*arguments)))
+    return calls
+
+
+def decoded(model, ids, steps=5, mask=None, cache=None, native=True, monkeypatch=None) -> torch.Tensor:
+    """Logits `[B, steps, V]` of fixed tokens after a prompt; without `native`, of torch's and native linears."""
+    logits = []
+    with monkeypatch.context() as patch:
+        if not native:
+            patch.setattr(step, "_is_step", lambda *arguments: False)
+        for index in range(steps + 1):
+            new = ids if index == 0 else (7 * ids[:, -1:] + 5 * index) % model.vocab_size
+            if mask is not None and index:
+                mask = torch.cat((mask, torch.ones(len(mask), 1, dtype=mask.dtype)), dim=1)
+            positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, -new.shape[1] :]
+            output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits[1:], dim=1)
+
+
+def prompt(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("model", CONFIGS, indirect=True)
+def test_a_step_is_torchs_forward(level, model, batch, native_calls, monkeypatch):
+    ids = prompt(batch, 9)
+    expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
+    assert not native_calls
+    logits = decoded(model, ids, monkeypatch=monkeypatch)
+    assert len(native_calls) == 5
+    # Sums in another order tip an activation over to the next of 255 integers now and then.
+    tolerance = 0.03 if '"bits"' in model.config.to_json_string() else 1e-5
+    assert (logits - expected).norm() < tolerance * expected.norm()
+
+
+def test_padded_prompts(native_calls, monkeypatch):
+    model, ids = random_model(), prompt(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = mask[2, :1] = 0
+    expected = decoded(model, ids, mask=mask, native=False, monkeypatch=monkeypatch)
+    logits = decoded(model, ids, mask=mask, monkeypatch=monkeypatch)
+    assert len(native_calls) == 5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention"] * 3, ["full_attention", "sliding_attention"] * 2])
+def test_windows(kinds, native_calls, monkeypatch):
+    """Prompts shorter and longer than the window, and steps until the room has been filled more than once."""
+    monkeypatch.setattr("hf_llmkernel.kernels.cache.LEAST_ROOM", 4)
+    model = random_model(sliding_window=6, layer_types=kinds, num_hidden_layers=len(kinds))
+    for length in (3, 9):
+        native_calls.clear()
+        expected = decoded(model, prompt(2, length), 20, native=False, monkeypatch=monkeypatch)
+        logits = decoded(model, prompt(2, length), 20, monkeypatch=monkeypatch)
+        assert len(native_calls) == 20
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_long_contexts_are_shared_out_among_threads(native_calls, monkeypatch):
+    monkeypatch.setenv("LLMKERNEL_THREADS", "3")
+    model = random_model(max_position_embeddings=1024)
+    mask = torch.ones(2, 700, dtype=torch.long)
+    mask[1, :200] = 0  # whole parts that are not seen
+    expected = decoded(model, prompt(2, 700), mask=mask, native=False, monkeypatch=monkeypatch)
+    logits = decoded(model, prompt(2, 700), mask=mask, monkeypatch=monkeypatch)
+    assert len(native_calls) == 5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_static_cache(native_calls, monkeypatch):
+    model, ids = random_model(**CONFIGS["layers of their own"]), prompt(2, 9)
+    expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    logits = decoded(model, ids, cache=cache, monkeypatch=monkeypatch)
+    assert len(native_calls) == 5
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert int(cache.get_seq_length(1)) == 14
+
+
+def test_bfloat16_stays_near_float32(native_calls, monkeypatch):
+    """Torch rounds to bf16 after every operation, a step only what it caches and returns: it is the nearer one."""
+    exact = random_model(initializer_range=0.1)
+    half = copy.deepcopy(exact).bfloat16()
+    ids = prompt(2, 9)
+    expected = decoded(exact, ids, native=False, monkeypatch=monkeypatch)
+    torchs = decoded(half, ids, native=False, monkeypatch=monkeypatch).float()
+    logits = decoded(half, ids, monkeypatch=monkeypatch)
+    assert len(native_calls) == 5 and logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 1.1 * (torchs - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"cache_implementation": "static"}],
+    ids=["greedy", "beams", "sampling", "static"],
+)
+def test_generate_is_torchs(options, native_calls):
+    model, ids = random_model(), prompt(1, 5)
+    results = []
+    for context in (True, False):
+        torch.manual_seed(3)
+        with disabled() if not context else torch.no_grad():
+            results.append(model.generate(ids, max_new_tokens=12, pad_token_id=0, **options))
+    assert native_calls
+    assert torch.equal(*results)
+
+
+def test_assisted_generation_takes_tokens_back(native_calls):
+    model, ids = random_model(), prompt(1, 5)
+    draft = copy.deepcopy(model)
+    draft.lm_head.weight.data += 0.3 * torch.randn_like(draft.lm_head.weight)
+    expected = model.generate(ids, max_new_tokens=16, pad_token_id=0)
+    native_calls.clear()
+    assert torch.equal(model.generate(ids, max_new_tokens=16, pad_token_id=0, assistant_model=draft), expected)
+    assert native_calls
+
+
+def step_is_native(model, native_calls, **options) -> bool:
+    """Whether a second call, of one token, is a native one."""
+    output = model(prompt(1, 4), use_cache=True)
+    native_calls.clear()
+    model(prompt(1, 1), past_key_values=output.past_key_values, **options)
+    return bool(native_calls)
+
+
+def test_what_a_step_cannot_give_is_torchs(native_calls):
+    model = random_model()
+    assert step_is_native(model, native_calls)
+    assert not step_is_native(model, native_calls, output_hidden_states=True)
+    assert not step_is_native(model, native_calls, output_attentions=True)
+    assert not step_is_native(model, native_calls, labels=prompt(1, 1))
+    with disabled():
+        assert not step_is_native(model, native_calls)
+    model.train()
+    assert not step_is_native(model, native_calls)
+    model.eval()
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *arguments: None)
+    assert not step_is_native(model, native_calls)
+    handle.remove()
+    model.model.norm.weight.requires_grad_(True)
+    assert not step_is_native(model, native_calls)
+    with torch.no_grad():
+        assert step_is_native(model, native_calls)
+    model.model.layers[0].mlp.act_fn = nn.Sequential(nn.SiLU())
+    with torch.no_grad():
+        assert not step_is_native(model, native_calls)
+
+
+def test_models_of_other_dtypes_are_torchs(native_calls):
+    assert not step_is_native(random_model().half(), native_calls)
+    assert not step_is_native(random_model(hidden_act="tanh"), native_calls)
+    rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    assert not step_is_native(random_model(rope_parameters=rotation), native_calls)
+
+
+def test_a_step_follows_changes_of_the_model(native_calls, monkeypatch):
+    model, ids = random_model(**CONFIGS["int4"]), prompt(1, 6)
+
+    def check() -> None:
+        expected = decoded(model, ids, 2, native=False, monkeypatch=monkeypatch)
+        native_calls.clear()
+        assert (decoded(model, ids, 2, monkeypatch=monkeypatch) - expected).norm() < 0.03 * expected.norm()
+        assert len(native_calls) == 2
+
+    check()
+    model.model.layers[0].self_attn.q_proj.values.data = model.model.layers[0].self_attn.q_proj.values.data.flip(0)
+    check()
+    model.model.layers[1].mlp.up_proj.scales.mul_(2)
+    check()
+    model.model.norm.weight.mul_(1.5)
+    check()
+    model.model.layers[2] = copy.deepcopy(model.model.layers[0])
+    model.model.layers[2].self_attn.layer_idx = 2
+    check()
+    model.lm_head = nn.Linear(48, 61, bias=True).requires_grad_(False)
+    check()
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    model.requires_grad_(False)
+    check()
+
+
+def test_a_model_is_forgotten_with_its_plan():
+    model = random_model()
+    model.generate(prompt(1, 3), max_new_tokens=3, pad_token_id=0)
+    assert model in step._plans
+    reference, before = weakref.ref(model), len(step._plans)
+    del model
+    gc.collect()
+    assert reference() is None and len(step._plans) < before
+
+
+def test_layers_of_the_cache_are_what_they_replace(native_calls):
+    model = random_model(sliding_window=6, layer_types=["full_attention", "sliding_attention", "full_attention"])
+    cache = model.generate(prompt(2, 5), max_new_tokens=8, pad_token_id=0, return_dict_in_generate=True).past_key_values
+    with disabled():
+        expected = model.generate(prompt(2, 5), max_new_tokens=8, pad_token_id=0, return_dict_in_generate=True)
+    assert [type(layer) for layer in cache.layers] == [RoomyLayer, RoomySlidingLayer, RoomyLayer]
+    for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        assert layer.get_seq_length() == other.get_seq_length()
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+    twin = copy.deepcopy(cache)
+    for layer in (cache.layers[0], expected.past_key_values.layers[0]):
+        layer.crop(-3)
+        layer.reorder_cache(torch.tensor([1, 1]))
+        layer.batch_repeat_interleave(2)
+    torch.testing.assert_close(cache.layers[0].keys, expected.past_key_values.layers[0].keys, rtol=1e-4, atol=1e-4)
+    assert cache.layers[0].keys.shape == (4, 2, 9, 10)
+    assert twin.layers[0].keys.shape == (2, 2, 12, 10)
+    cache.layers[0].reset()
+    assert cache.layers[0].get_seq_length() == 0
+
+
+def test_two_models_in_two_threads(native_calls):
+    from concurrent.futures import ThreadPoolExecutor
+
+    models = [random_model(), random_model(**CONFIGS["int4"])]
+    expected = [model.generate(prompt(1, 5), max_new_tokens=10, pad_token_id=0) for model in models]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = pool.map(lambda model: model.generate(prompt(1, 5), max_new_tokens=10, pad_token_id=0), models)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_token_beyond_the_vocabulary_is_an_error():
+    model = random_model()
+    cache = model(prompt(1, 3), use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="not of the vocabulary"):
+        model(torch.tensor([[61]]), past_key_values=cache)
