@@ -57,7 +57,7 @@ COMMANDS = {
     ),
     "export": Command(
         "hf_llmkernel.convert.command:export",
-        "Write a checkpoint of this family back as a stock architecture.",
+        "Write a checkpoint of this family as a stock architecture, as compressed-tensors, or as GGUF.",
     ),
     "inspect": Command(
         "hf_llmkernel.evaluate.command:inspect",
