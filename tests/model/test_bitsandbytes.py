@@ -218,28 +218,35 @@ def test_a_new_head_on_a_quantized_body_is_floating(tmp_path):
     assert run(classifier).shape == (2, 9, 3)
 
 
-@pytest.mark.parametrize("setting", ["int8", "nf4"])
-def test_remote_code_is_as_exact(tmp_path, run_python, setting):
-    folder = written(tmp_path / "float")
-    model = quantized(folder, setting)
-    before = saved(model, tmp_path / "before")
-    torch.save(run(model), tmp_path / "outputs.pt")
+def test_remote_code_is_as_exact(tmp_path, run_python):
+    folder, before = written(tmp_path / "float"), {}
+    for setting in ("int8", "nf4"):
+        model = quantized(folder, setting)
+        before[setting] = saved(model, tmp_path / "before" / setting)
+        torch.save(run(model), tmp_path / f"{setting}.pt")
     code = """
+import sys
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import torch
-folder, eight = sys.argv[1], sys.argv[2] == "int8"
-asked = BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, bnb_4bit_quant_type="nf4")
-model = AutoModelForCausalLM.from_pretrained(f"{folder}/float", quantization_config=asked, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules.")
-run = lambda model: model(input_ids=torch.arange(3, 21).view(2, 9), use_cache=False)[0]
-with torch.no_grad():
-    first = run(model)
-    model.save_pretrained(f"{folder}/remote")
-    again = AutoModelForCausalLM.from_pretrained(f"{folder}/remote", trust_remote_code=True)
-    assert torch.equal(run(again), first) and torch.equal(first, torch.load(f"{folder}/outputs.pt"))
+
+def run(model):
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 21).view(2, 9), use_cache=False)[0]
+
+for setting in ("int8", "nf4"):
+    asked = BitsAndBytesConfig(
+        load_in_8bit=setting == "int8", load_in_4bit=setting == "nf4", bnb_4bit_quant_type="nf4"
+    )
+    model = AutoModelForCausalLM.from_pretrained("float", quantization_config=asked, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    outputs = run(model)
+    model.save_pretrained(f"remote/{setting}")
+    again = AutoModelForCausalLM.from_pretrained(f"remote/{setting}", trust_remote_code=True)
+    assert torch.equal(run(again), outputs) and torch.equal(outputs, torch.load(f"{setting}.pt"))
 """
-    run_python(code, str(tmp_path), setting, package=False)
-    assert same(load_file(tmp_path / "remote/model.safetensors"), before)
+    run_python(code, package=False, OMP_NUM_THREADS="1")
+    for setting, tensors in before.items():
+        assert same(load_file(tmp_path / "remote" / setting / "model.safetensors"), tensors)
 
 
 def test_the_payload_loads_where_bitsandbytes_is_not_installed(tmp_path, run_python):
