@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import CheckpointReader
+from ..checkpoint.bitsandbytes import BitsAndBytes
 from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import INT4_OFFSET, check_mask, expand_groups, unpack_mask, unpack_nibbles, unpack_weight
@@ -70,9 +71,15 @@ def read_own_config(folder: Path) -> LLMKernelConfig:
             "that `llmkernel convert` or `compress` wrote."
         )
     try:
-        return LLMKernelConfig.from_dict(fields)
+        config = LLMKernelConfig.from_dict(fields)
     except CONFIG_ERRORS as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
+    if quantization := BitsAndBytes.of(config):
+        raise ValueError(
+            f"{path}: the linears are stored as {quantization.name}, which no export has; export the checkpoint they "
+            "were made from, or load it, dequantize() and save it first."
+        )
+    return config
 
 
 def dense_codes(stored: dict[str, torch.Tensor], form: LinearForm, in_features: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_llmkernel import compress, inspect
+from hf_llmkernel import compress, export_checkpoint, inspect
 from hf_llmkernel.checkpoint.bitsandbytes import BitsAndBytes
 from hf_llmkernel.checkpoint.model_folder import ModelFolder
 from hf_llmkernel.compress.plan import plan_stages, stored_sizes
@@ -138,6 +138,13 @@ def test_what_cannot_be_is_refused_before_any_work(source, tmp_path, text, stage
 def test_a_quantized_checkpoint_is_not_compressed_again(written, tmp_path):
     with pytest.raises(ValueError, match="quantize: linears are stored as bnb"):
         compress(written[1], {"stages": [{"quantize": {"bits": 4}}]}, tmp_path / "o")
+
+
+@pytest.mark.parametrize("to", ["llama", "compressed-tensors", "gguf"])
+def test_a_quantized_checkpoint_is_not_exported(written, tmp_path, to):
+    with pytest.raises(ValueError, match="config.json: the linears are stored as bnb"):
+        export_checkpoint(written[1], tmp_path / "out", to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_plan_is_in_bytes(source):
