@@ -113,7 +113,7 @@ REFUSED = {
     "sparsify": ("int8", {"sparsity": 0.5}, "sparsify: q_proj is stored as .*'bits': 8"),
     "quantize": ("int8", {"bits": 4}, "quantize: q_proj is stored as .*'bits': 8"),
     "bitsandbytes": ("int8", {}, "bitsandbytes: q_proj is stored as .*'bits': 8"),
-    "cast": ("dense", {"dtype": "float16", "layers": [0, 1]}, "recipe: cast: include, exclude and layers: a model has one"),
+    "cast": ("dense", {"dtype": "float16", "layers": [0, 1]}, "(recipe: )?cast: include, exclude and layers: a model"),
     "search": ("int8", RUNS["search"][0], r"search: choices\[0\]: quantize: q_proj is stored as .*'bits': 8"),
 }
 COMPOSED = [
