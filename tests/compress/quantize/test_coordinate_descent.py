@@ -84,12 +84,25 @@ def test_neither_step_ever_raises_the_loss(layer, form, mask):
     before = losses(rounded)
     for _ in range(3):
         rounded, grid = refit_grid(weight, rounded, grid, hessian, mask)
-        assert (losses(rounded) <= before * (1 + 1e-5)).all()
+        assert (losses(rounded) <= before * (1 + 1e-5)).all() and not rounded[~mask].any()
         before = losses(rounded)
         rounded = descend(weight, rounded, grid, hessian, mask)
         assert (losses(rounded) <= before * (1 + 1e-5)).all()
         before = losses(rounded)
     assert not rounded[~mask].any()
+
+
+def test_a_row_that_a_refit_would_harm_keeps_its_grid(layer, mask, monkeypatch):
+    weight, rounded, grid = start(layer, SYMMETRIC, mask)
+
+    def doubled(*given):
+        factors = 1.0 * grid.scales.float()
+        factors[:3] *= 2
+        return [factors]
+
+    monkeypatch.setattr(descent_file, "_least_squares", doubled)
+    found, kept = refit_grid(weight, rounded, grid, layer.gram, mask)
+    assert torch.equal(found, rounded) and torch.equal(kept.scales, grid.scales)
 
 
 @pytest.mark.parametrize("masked", [False, True])
