@@ -21,7 +21,7 @@ def compress(
     if dry_run:
         from .preview import preview
 
-        return preview(model, recipe).to_dict()
+        return preview(model, recipe, output).to_dict()
     if output is None:
         raise ValueError("output: is missing; name the folder to write with --output, or use --dry-run.")
     from ..convert.command import parse_size
@@ -56,7 +56,7 @@ def _render_run(result: dict[str, Any]) -> str:
     from ..evaluate.report import columns, render_reports
     from ..evaluate.table import size
 
-    lines = [f"{stage_name(stage)}: {'; '.join(map(result_text, stage['result']))}" for stage in result["stages"]]
+    lines = [stage_line(stage) for stage in result["stages"]]
     spent = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in result["seconds_by"].items())
     written = size(result["weight_bytes"])
     memory = size(result["peak_memory_bytes"])
@@ -68,6 +68,20 @@ def _render_run(result: dict[str, Any]) -> str:
         lines.append(f"{lost['dtype']}: of {lost['values']} values {counts}; by tensor in precision.json")
     report = [render_reports(columns(Report.from_dict(result["report"])))] if result["report"] else []
     return "\n\n".join(["\n".join(lines), *report])
+
+
+def stage_line(stage: dict[str, Any]) -> str:
+    """What a stage decided and reached."""
+    return f"{stage_name(stage)}: {decided(stage)}{'; '.join(map(result_text, stage['result']))}"
+
+
+def decided(stage: dict[str, Any]) -> str:
+    """What a stage dropped, by the numbers that the layers had before."""
+    dropped = stage.get("decision", {}).get("dropped", [])
+    parts: dict[str, list[int]] = {}
+    for index, part in dropped:
+        parts.setdefault(part, []).append(index)
+    return "".join(f"dropped {part} {ranges(sorted(indices))}; " for part, indices in parts.items())
 
 
 def stage_name(stage: dict[str, Any]) -> str:

@@ -45,6 +45,7 @@ from .search.plot import plot_searches
 
 # What only an unfinished run needs, inside of the unfinished output.
 WORK, RUN_FILE, COMPLETE = "work", "run.json", "complete"
+RECORD_FILE = "compression.json"  # of what was decided, beside the weights
 SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
 
 
@@ -128,11 +129,11 @@ def compress(
     with _part(output_dir, identity, progress) as folder:
         work = folder / WORK
         source = processes.on_first(lambda: _family_checkpoint(model_or_path, tokenizer, work, progress))
-        run = _prepare(source, recipe, tokenizer, work, progress)
+        run = _prepare(source, _name(model_or_path), recipe, tokenizer, work, progress)
         result = run.run()
         written = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
         weight_bytes, precision = written
-        processes.on_first(lambda: plot_searches(run.outcome(), folder))
+        processes.on_first(lambda: _write_record(run, folder, weight_bytes))
         if finish is not None:
             processes.on_first(lambda: finish(folder))
         (work / COMPLETE).touch()
@@ -149,7 +150,7 @@ def compress(
             stages=run.outcome(),
             notes=run.notes(),
             weight_bytes=weight_bytes,
-            calibration_tokens=0 if run.ids is None else run.ids.numel(),
+            calibration_tokens=run.calibration_tokens,
             seconds=round(sum(run.clock.seconds.values()), 2),
             seconds_by={name: round(value, 2) for name, value in run.clock.seconds.items()},
             measure_seconds=round(measure_seconds, 2) if report else 0.0,
@@ -162,12 +163,24 @@ def compress(
     return compression
 
 
+def _write_record(run: Run, folder: Path, weight_bytes: int) -> None:
+    """What every stage reached and decided, and what it told of single layers; the same whenever the run is made."""
+    record = {
+        "stages": run.outcome(),
+        "notes": run.notes(),
+        "calibration_tokens": run.calibration_tokens,
+        "weight_bytes": weight_bytes,
+    }
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    plot_searches(run.outcome(), folder)
+
+
 def _identity(model_or_path: Any, recipe: Recipe) -> dict[str, Any]:
     """What tells a run from another."""
     return {
         "recipe": recipe.to_dict(),
         "source": _fingerprint(model_or_path),
-        "calibration text": _fingerprint(recipe.calibration.source),
+        "calibration text": _fingerprint(recipe.calibration.source, by_content=True),
     }
 
 
@@ -227,15 +240,20 @@ def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def _fingerprint(model_or_path: Any) -> str | None:
-    """What tells a checkpoint or text from another: names, sizes and times of files; `None` for a model in memory."""
+def _fingerprint(model_or_path: Any, by_content: bool = False) -> str | None:
+    """What tells a checkpoint from another, or a text by its content; `None` for a model in memory.
+
+    A checkpoint may be large: names, sizes and times of its files have to do.
+    """
     if not isinstance(model_or_path, str | Path):
         return None
     path = Path(model_or_path).expanduser()
     if not path.exists():
         return str(model_or_path)
     files = [path] if path.is_file() else sorted(entry for entry in path.iterdir() if entry.is_file())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats: list[tuple[Any, ...]] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if by_content:
+        stats = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
     return hashlib.sha256(repr((str(path.resolve()), stats)).encode()).hexdigest()
 
 
@@ -262,24 +280,28 @@ def family_folder(source: str | Path) -> Path | None:
     return found.folder if fields.get("model_type") == LLMKernelConfig.model_type else None
 
 
-def _prepare(source: Path, recipe: Recipe, tokenizer: Any, work: Path, progress: bool) -> Run:
+def _prepare(source: Path, name: str, recipe: Recipe, tokenizer: Any, work: Path, progress: bool) -> Run:
     """The run, once everything that can be known before it has been checked."""
     check_companions(source)
-    reads = (tokenizer or load_tokenizer(source)) if recipe.needs_data or recipe.evaluation.source else None
+    reads = (tokenizer or load_tokenizer(source, name)) if recipe.reads_text else None
     folder = ModelFolder(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype
     plan_stages(folder.config, recipe.stages, dtype, folder.has_head)
     for stage in recipe.stages:
         if isinstance(stage, Cast):
             processes.on_first(lambda stage=stage: stage.check_range(folder.reader))
-    ids = None
-    if recipe.needs_data:
-        ids = processes.on_first(lambda: calibration_ids(recipe.calibration, reads, folder.config))
-    if recipe.evaluation.source:
-        processes.on_first(lambda: check_evaluation(recipe.evaluation, reads, folder.config))
+    ids = processes.on_first(lambda: read_texts(recipe, reads, folder.config))
     needed = needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe)
     processes.on_first(lambda: check_disk_space(work, needed - _bytes_of(work)))
     return Run(folder, recipe, dtype, ids, work, progress)
+
+
+def read_texts(recipe: Recipe, tokenizer: Any, config: LLMKernelConfig) -> torch.Tensor | None:
+    """Calibration tokens `[S, T]` where a stage asks for them. Raises `ValueError` where a text will not do."""
+    ids = calibration_ids(recipe.calibration, tokenizer, config) if recipe.needs_data else None
+    if recipe.evaluation.source:
+        check_evaluation(recipe.evaluation, tokenizer, config)
+    return ids
 
 
 def _bytes_of(folder: Path) -> int:
@@ -337,14 +359,15 @@ def _name(model_or_path: Any) -> str:
     return Path(model_or_path).name if isinstance(model_or_path, str | Path) else type(model_or_path).__name__
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder. Raises `ValueError` where none loads."""
+def load_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer in a folder of the model `name`. Raises `ValueError` where none loads."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a tokenizer may run any code of any package
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).replace(str(folder), name).split())[:200]
         raise ValueError(
-            f"{folder}: its tokenizer does not load ({reason}), and the texts of the recipe need one; pass a tokenizer."
+            f"{name}: its tokenizer does not load ({reason}), and the texts of the recipe need one; put its files "
+            "beside the weights, or in Python pass a tokenizer."
         ) from None

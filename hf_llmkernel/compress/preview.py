@@ -3,18 +3,22 @@
 Everything comes from the configuration, but for the speed of this machine's products, which are timed for a moment.
 """
 
+import errno
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 
+from ..checkpoint import check_disk_space, check_output
 from ..checkpoint.model_folder import ModelFolder
 from ..convert.incoming import converted_config
+from ..convert.source import check_companions, locate_source
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .block import SITES, matrix_names, matrix_shape
-from .pipeline import family_folder, needed_disk_bytes
+from .pipeline import family_folder, load_tokenizer, needed_disk_bytes, read_texts
 from .plan import own_layers, plan_stages, stored_sizes
 from .recipe import Recipe
 from .run import phases
@@ -52,20 +56,26 @@ class Preview:
         return asdict(self)
 
 
-def preview(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path) -> Preview:
-    """Checks a recipe against a model and says what it would do; nothing is written.
+def preview(
+    model: str | Path, recipe: Recipe | dict[str, Any] | str | Path, output_dir: str | Path | None = None
+) -> Preview:
+    """Checks a recipe against a model, its texts and this machine, and says what it would do; nothing is written.
 
     Args:
         model: folder, `.gguf` file or Hub id of this family or of one that `convert_checkpoint` knows.
         recipe: as `compress` takes it.
+        output_dir: where the result would be; by default not checked.
 
     Raises:
-        ValueError: a recipe that does not fit the model.
+        ValueError: a recipe that does not fit the model, a text that will not do, or what `compress` would refuse.
+        OSError: no space for the output, or less memory than the estimate.
     """
     recipe = Recipe.load(recipe)
     config, dtype, has_head = _shapes(model, recipe)
     planned = plan_stages(config, recipe.stages, dtype, has_head)
     parameters, weight_bytes = stored_sizes(config, dtype, has_head)
+    _check_texts(model, recipe, config)
+    _check_machine(output_dir, estimate_memory(config, recipe), needed_disk_bytes(config, weight_bytes, recipe))
     stages = [
         {
             **stage.to_dict(),
@@ -88,6 +98,25 @@ def preview(model: str | Path, recipe: Recipe | dict[str, Any] | str | Path) -> 
         peak_memory_bytes=estimate_memory(config, recipe),
         disk_bytes=needed_disk_bytes(config, weight_bytes, recipe),
     )
+
+
+def _check_texts(model: str | Path, recipe: Recipe, config: LLMKernelConfig) -> None:
+    """Reads the recipe's texts as the run will; a GGUF file's tokenizer is known once it is converted."""
+    found = locate_source(model)
+    if recipe.reads_text and found.gguf is None:
+        check_companions(found.folder)
+        read_texts(recipe, load_tokenizer(found.folder, str(model)), config)
+
+
+def _check_machine(output_dir: str | Path | None, memory_bytes: int, disk_bytes: int) -> None:
+    if output_dir is not None:
+        check_output(output_dir)
+        check_disk_space(output_dir, disk_bytes)
+    total = psutil.virtual_memory().total
+    if memory_bytes > total:
+        raise OSError(
+            errno.ENOMEM, f"memory: about {memory_bytes / 1e9:.1f} GB needed, this machine has {total / 1e9:.1f} GB"
+        )
 
 
 def _shapes(model: str | Path, recipe: Recipe) -> tuple[LLMKernelConfig, torch.dtype, bool]:

@@ -98,6 +98,11 @@ class Recipe:
         """Whether any stage needs calibration."""
         return any(stage.needs_data for stage in self.stages)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether texts are read, for calibration or evaluation."""
+        return self.needs_data or self.evaluation.source is not None
+
     @classmethod
     def load(cls, recipe: "Recipe | dict[str, Any] | str | Path") -> "Recipe":
         """A recipe from a `.yaml`, `.yml` or `.json` file or a dictionary.

@@ -76,6 +76,11 @@ class Run:
         """What stages told of single layers."""
         return [note for outcome in self._outcomes for note in outcome["notes"]]
 
+    @property
+    def calibration_tokens(self) -> int:
+        """Tokens that run through the model."""
+        return 0 if self.ids is None else self.ids.numel()
+
     def _all_layers(self) -> list[int]:
         return list(range(self.source.config.num_hidden_layers))
 

@@ -33,9 +33,11 @@ def damped_cholesky(gram: torch.Tensor, dampening: float) -> tuple[torch.Tensor,
         raise ValueError("gram: has values that are not finite; look for inputs that overflow, calibrate in float32.")
     damped = gram.to(torch.float64, copy=True)
     exact_diagonal = gram.diagonal().double()
-    used = dampening
+    # Of inputs that are all zero every solution is right: those of the identity are 0.
+    scale = exact_diagonal.mean() if gram.any() else exact_diagonal.new_ones(())
+    used = max(dampening, 0.0 if gram.any() else SMALLEST_RAISED_DAMPENING)
     while True:
-        damped.diagonal().copy_(exact_diagonal + used * exact_diagonal.mean())
+        damped.diagonal().copy_(exact_diagonal + used * scale)
         factor, fault = torch.linalg.cholesky_ex(damped)
         if not fault:
             return factor, used

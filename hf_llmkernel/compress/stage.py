@@ -119,6 +119,8 @@ class Stage:
         for pattern in (*self.include, *self.exclude):
             if not any(_matches(name, (pattern,)) for name in names):
                 raise ValueError(f"{self.name}: {pattern!r} matches no linear; those of this model are {list(names)}.")
+        if not self.chosen(names) and not self.embeddings:
+            raise ValueError(f"{self.name}: include and exclude leave none of {list(names)}; leave the stage out.")
 
     def decide(self, survey: "Survey") -> dict[str, Any]:
         """What a global stage decides, of types of JSON: `{"targets": one a layer, …}`, or tensors: `Survey.keep`."""

@@ -112,7 +112,12 @@ def compare(
         reports = [_inventory_report(folder, title) for folder, title in zip(folders, titles, strict=True)]
         protocol = Protocol(str(text), context, tokens, evaluation_share, seed, trust_remote_code)
         # What ends early comes first: a text too short, then a model that a plain program cannot load.
-        windows = [] if text is None else _all_windows(folders, protocol)
+        windows = []
+        if text is not None:
+            documents = load_documents(protocol.text)
+            if len(documents) == 1 and evaluation_share < 1:
+                protocol = replace(protocol, evaluation_share=0.5)  # see `split_documents`
+            windows = _all_windows(folders, documents, protocol)
         no_speed_reason = no_speed_reason if speed else "speed was not asked for"
         if no_speed_reason is None:
             reports = _add_speeds(reports, folders, dtype, settings, progress)
@@ -200,8 +205,9 @@ def _without(report: Report, names: Sequence[str], reason: str) -> Report:
     return replace(report, reasons={**report.reasons, **dict.fromkeys(names, reason)})
 
 
-def _all_windows(folders: Sequence[Path], protocol: Protocol) -> list[torch.Tensor]:
-    documents = load_documents(protocol.text)
+def _all_windows(
+    folders: Sequence[Path], documents: list[Document], protocol: Protocol
+) -> list[torch.Tensor]:
     withheld = split_documents(documents, protocol.evaluation_share, protocol.seed)[1]
     return [_windows(folder, withheld, protocol) for folder in folders]
 

@@ -247,9 +247,9 @@ def _method(report: Report) -> str:
     if report.perplexity is not None:
         sentences.append(
             f"Perplexity: {report.windows} windows of {report.context_length} tokens that do not overlap "
-            f"({report.tokens_evaluated} tokens), fp32, from documents of `{report.text}` withheld from calibration "
-            f"(share {report.evaluation_share:g}, seed {report.seed}); ± is one standard error, that of the change "
-            "from the differences window by window."
+            f"({report.tokens_evaluated} tokens), fp32, from the part of `{report.text}` that is withheld from "
+            f"calibration (share {report.evaluation_share:g}, seed {report.seed}); ± is one standard error, that of "
+            "the change from the differences window by window."
         )
     if report.decode_tokens_per_second is not None:
         settings = report.settings

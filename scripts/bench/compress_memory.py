@@ -1,6 +1,6 @@
 """Peak memory of `llmkernel compress` on a large random Llama checkpoint.
 
-    python scripts/bench/compress_memory.py --folder SCRATCH --gigabytes 4.4 [--limit 2.5] [--layers 22]
+    python scripts/bench/compress_memory.py --folder SCRATCH --gigabytes 4.4 [--limit 2.5] [--layers 21]
 
 Writes a sharded fp32 checkpoint of the 1.1 B shape (2048 wide, 5632 in the feed-forward) into a new folder below
 SCRATCH, runs a composed recipe on 32 x 512 calibration tokens in a process of its own, removes both, and prints one
@@ -62,7 +62,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--gigabytes", type=float, default=4.4)
     parser.add_argument("--limit", type=float, default=2.5)
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--layers", type=int, default=21)
     return parser.parse_args()
 
 

@@ -44,10 +44,12 @@ def save_tiny(folder, seed: int = 0, **fields) -> LLMKernelForCausalLM:
     return model
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """References hold to fp32 precision, whatever the processor."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+@pytest.fixture(scope="package", autouse=True)
+def exact_products():
+    """References hold to fp32 precision, whatever the processor; runs that whole modules share, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from hf_llmkernel.compress import Recipe, compress, run
 from hf_llmkernel.compress.plan import plan_stages, stored_sizes
 from hf_llmkernel.compress.registry import STAGES
 
+from ..conftest import WITHOUT_PACKAGE
 from .conftest import save_tiny
 
 pytestmark = pytest.mark.xdist_group("every_method")
@@ -75,7 +76,7 @@ RUNS = {
         {"bits": 4, "group_size": 24, "symmetric": False},
         {"bits": 4, "group_size": 24, "embeddings": True, "method": "hqq", **FLOATING_ZEROS},
         {"bits": 4, "group_size": 16, "method": "gptq", "act_order": True, "scale_search": True, "fold": "awq"},
-        {"bits": 8, "group_size": 24, "method": "gptq", "symmetric": False, "scale_dtype": "bfloat16"},
+        {"bits": 8, "group_size": 24, "method": "gptq", "act_order": False, "symmetric": False, "scale_dtype": "bfloat16"},
         {"bits": 4, "group_size": 16, "embeddings": True, "method": "coordinate_descent", **FLOATING_ZEROS},
     ],
     "bitsandbytes": [
@@ -212,7 +213,7 @@ def clean(written, tmp_path_factory):
     work = tmp_path_factory.mktemp("clean")
     environment = {"LLMKERNEL_REGISTRATION": "off", "HF_HOME": str(work / "home"), "OMP_NUM_THREADS": "1"}
     folders = [str(folder) for folder, _ in written.values() if folder.is_dir()]
-    command = [sys.executable, "-P", "-c", CLEAN, str(work / "results.pt"), *folders]
+    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGE + CLEAN, str(work / "results.pt"), *folders]
     ended = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return torch.load(work / "results.pt")

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_llmkernel.compress import Recipe, compress
 from hf_llmkernel.compress.calibration import calibration_ids
+from hf_llmkernel.compress.command import render_compress
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForCausalLM
 
+from ..conftest import WITHOUT_PACKAGE
 from .conftest import TINY, save_tiny, word_tokenizer
 from .quantize.test_stage import nearest_on_grid
 
@@ -172,7 +174,7 @@ torch.save({"logits": logits, "text": text, "module": type(model).__module__}, s
 def test_clean_process_computes_the_same(tmp_path, tiny, text):
     compress(tiny, recipe_for(text, PRUNE, INT8, dtype="bfloat16"), tmp_path / "out", progress=False)
     environment = {"LLMKERNEL_REGISTRATION": "off", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", LOADER, str(tmp_path / "out"), str(tmp_path / "result.pt")]
+    command = [sys.executable, "-P", "-c", WITHOUT_PACKAGE + LOADER, str(tmp_path / "out"), str(tmp_path / "result.pt")]
     subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True)
     result = torch.load(tmp_path / "result.pt")
     assert result["module"].startswith("transformers_modules")
@@ -268,13 +270,36 @@ def test_compressed_checkpoint_says_why_it_is_not_pruned(tmp_path, tiny, text):
         compress(tmp_path / "int8", recipe_for(text, PRUNE), tmp_path / "out", progress=False)
 
 
+def test_what_was_decided_and_noted_is_recorded_beside_the_weights(tmp_path, tiny, text):
+    stages = [{"drop_layers": {"count": 1, "metric": "block_influence"}}, PRUNE]
+    result = compress(tiny, recipe_for(text, *stages), tmp_path / "out", progress=False)
+    record = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert record["stages"] == json.loads(json.dumps(result.stages)) and record["notes"] == result.notes
+    assert record["calibration_tokens"] == result.calibration_tokens > 0
+    assert record["weight_bytes"] == result.weight_bytes
+    ((index, part),) = record["stages"][0]["decision"]["dropped"]
+    assert f"drop_layers: dropped {part} {index}; " in render_compress(result.to_dict())
+
+
+def test_a_stage_that_would_do_nothing_is_refused(tmp_path, tiny, text):
+    for settings in ({"include": []}, {"exclude": ["*"]}):
+        with pytest.raises(ValueError, match="sparsify: include and exclude leave none of"):
+            compress(tiny, recipe_for(text, {"sparsify": {"sparsity": 0.5, **settings}}), tmp_path / "out")
+
+
+def test_inputs_that_are_all_zero_stop_no_stage(tmp_path, tiny, text):
+    dead = damaged_copy(tiny, tmp_path / "dead", lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].zero_())
+    compress(dead, recipe_for(text, PRUNE), tmp_path / "out", word_tokenizer(), progress=False)
+    assert load(tmp_path / "out").model.layers[1].mlp.up_proj.weight.eq(0).all()
+
+
 def test_output_in_the_way_and_missing_tokenizer_are_named(tmp_path, tiny, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(ValueError, match="exists and is not empty"):
         compress(tiny, {"stages": [INT8]}, tmp_path / "out", progress=False)
     bare = damaged_copy(tiny, tmp_path / "bare", lambda tensors: None)
-    with pytest.raises(ValueError, match="its tokenizer does not load .*pass a tokenizer"):
+    with pytest.raises(ValueError, match="^damaged: its tokenizer does not load .*pass a tokenizer"):
         compress(bare, recipe_for(text, PRUNE), tmp_path / "other", progress=False)
 
 

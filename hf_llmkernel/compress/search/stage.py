@@ -203,7 +203,7 @@ class Search(Stage):
     # The plan
 
     def plan(self, layer: LLMKernelConfig, target: int | None = None) -> dict[str, Any]:
-        """Without a target, the choice that comes nearest to the layer's part of the budget.
+        """Without a target, the dearest choice within the layer's part of the budget, or else the cheapest.
 
         Latency is taken to go with bytes then; of a budget in milliseconds nothing is known, and the first is planned.
         """
@@ -221,7 +221,8 @@ class Search(Stage):
         value = getattr(self, self.unit)
         covered = sum(map(self.covers, range(layer.num_hidden_layers)))
         budget = value * present if value < 1 else value / covered
-        return min(range(len(costs)), key=lambda number: abs(costs[number] - budget))
+        within = [number for number in range(len(costs)) if costs[number] <= budget]
+        return max(within, key=costs.__getitem__) if within else min(range(len(costs)), key=costs.__getitem__)
 
 
 def front_points(front: Front) -> list[dict[str, float]]:
