@@ -17,10 +17,10 @@ RECIPES: dict[str, list[Any]] = {
     "int8 g64, rtn": [{"quantize": {"bits": 8, "group_size": 64}}],
     "int4 g64, rtn": [{"quantize": INT4}],
     "int4 g64, rtn, searched scales": [{"quantize": {**INT4, "scale_search": True}}],
-    "int4 g64, GPTQ": [{"quantize": {**INT4, "method": "gptq"}}],
-    "int4 g64, GPTQ, act order, searched scales": [
-        {"quantize": {**INT4, "method": "gptq", "act_order": True, "scale_search": True}}
+    "int4 g64, GPTQ as in the paper": [
+        {"quantize": {**INT4, "method": "gptq", "act_order": False, "scale_search": False}}
     ],
+    "int4 g64, GPTQ": [{"quantize": {**INT4, "method": "gptq"}}],
     "int4 g64, coordinate descent": [{"quantize": {**INT4, **BEST}}],
     "int4 g64 + zeros, rtn": [{"quantize": ZEROS}],
     "int4 g64 + zeros, GPTQ": [{"quantize": {**ZEROS, "method": "gptq"}}],
@@ -28,6 +28,8 @@ RECIPES: dict[str, list[Any]] = {
     "int4 g64 + fp16 zeros, HQQ": [{"quantize": {**FLOATING_ZEROS, "method": "hqq"}}],
     "int4 g64 + fp16 zeros, GPTQ": [{"quantize": {**FLOATING_ZEROS, "method": "gptq"}}],
     "int4 g64 + fp16 zeros, coordinate descent": [{"quantize": {**FLOATING_ZEROS, **BEST}}],
+    "int4 g64 + fp16 zeros, AWQ, GPTQ": [{"quantize": {**FLOATING_ZEROS, "method": "gptq", "fold": "awq"}}],
+    "int4 g64 + fp16 zeros, AWQ, coordinate descent": [{"quantize": {**FLOATING_ZEROS, **BEST, "fold": "awq"}}],
     "int4 g64 + fp16 zeros, coordinate descent, refit": ["refit", {"quantize": {**FLOATING_ZEROS, **BEST}}],
     "2:4": [{"sparsify": {"pattern": "2:4"}}],
     "2:4 + int4 g64": [{"sparsify": {"pattern": "2:4"}}, {"quantize": {**INT4, **BEST}}],

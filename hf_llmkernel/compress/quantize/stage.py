@@ -63,8 +63,16 @@ def _round_to_nearest(task: Task) -> Rounded:
 
 def _gptq(task: Task) -> Rounded:
     weight, form, mask, stage, gram = task
-    settings = {name: getattr(stage, name) for name in METHODS["gptq"].settings}
-    return gptq(weight, gram, form, mask, **settings)
+    return gptq(
+        weight,
+        gram,
+        form,
+        mask,
+        act_order=stage.act_order is not False,
+        static_groups=stage.static_groups,
+        scale_search=stage.scale_search is not False,
+        dampening=stage.dampening,
+    )
 
 
 METHODS = {
@@ -77,7 +85,12 @@ METHODS = {
 }
 FOLDS = (None, "awq", "smoothquant")
 FOLD_ROWS = 128  # of all that take an input, on which methods with data search for its factor
-FLAGS = ("symmetric", "scale_search", "act_order", "static_groups")
+FLAGS = {
+    "symmetric": (True, False),
+    "scale_search": (None, True, False),
+    "act_order": (None, True, False),
+    "static_groups": (True, False),
+}
 
 
 @register("quantize")
@@ -96,8 +109,9 @@ class Quantize(MatrixStage):
         zero_point_dtype: `"uint8"`, or one of those.
         method: `"rtn"`, round to nearest; `"hqq"`, on zero points of least l_p error; `"gptq"`, column by column, each
             making up for those before it; `"coordinate_descent"`, from there on to integers and grids of least error.
-        scale_search: of `"rtn"` and `"gptq"`: scales of least error, where the whole range gives them by default.
-        act_order: of `"gptq"`: columns in the order of their inputs' energy, which takes static groups.
+        scale_search: of `"rtn"` and `"gptq"`: scales of least error instead of the whole range's. By default `"gptq"`
+            searches and `"rtn"` does not.
+        act_order: of `"gptq"`, its default: columns in the order of their inputs' energy, which takes static groups.
         static_groups: of `"gptq"`: scales of the weights before any was rounded.
         dampening: of the Gram matrix, relative to the mean of its diagonal.
         fold: before columns are rounded, by whatever method, `"awq"` scales them by their inputs' magnitudes, and
@@ -111,8 +125,8 @@ class Quantize(MatrixStage):
     scale_dtype: str = "float16"
     zero_point_dtype: str = "uint8"
     method: str = "rtn"
-    scale_search: bool = False
-    act_order: bool = False
+    scale_search: bool | None = None
+    act_order: bool | None = None
     static_groups: bool = False
     dampening: float = DAMPENING
     fold: str | None = None
@@ -127,8 +141,8 @@ class Quantize(MatrixStage):
             raise ValueError(f"method={self.method!r}: must be one of {list(METHODS)}.")
         if self.fold not in FOLDS:
             raise ValueError(f"fold={self.fold!r}: must be one of {list(FOLDS)}.")
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
+        for name, legal in FLAGS.items():
+            if not any(getattr(self, name) is flag for flag in legal):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false.")
         if not isinstance(self.dampening, int | float) or not 0 <= self.dampening < math.inf:
             raise ValueError(f"dampening={self.dampening!r}: must be a number of at least 0; 0.01 is the default.")

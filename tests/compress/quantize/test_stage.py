@@ -129,8 +129,11 @@ def test_a_group_size_that_does_not_divide_is_reported(block, group, rest):
     block.check()
 
 
-@pytest.mark.parametrize("method, solve", [("gptq", gptq), ("coordinate_descent", coordinate_descent)])
-def test_methods_with_data_keep_masks_and_tell_what_they_lost(block, method, solve):
+@pytest.mark.parametrize(
+    "method, solve, settings",
+    [("gptq", gptq, {"act_order": True, "scale_search": True}), ("coordinate_descent", coordinate_descent, {})],
+)
+def test_methods_with_data_keep_masks_and_tell_what_they_lost(block, method, solve, settings):
     weight = block.weight("up_proj")
     mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     block.store("up_proj", weight * mask, LinearForm(sparsity="bitmask", nnz=int(mask.sum())), mask=mask)
@@ -138,7 +141,7 @@ def test_methods_with_data_keep_masks_and_tell_what_they_lost(block, method, sol
     statistic = inputs(weight.shape[1])
     assert stage.needs(block.layer) == {"mlp_input": "gram"}
     stage.apply(block, "mlp_input", statistic)
-    expected = solve(weight * mask, statistic.gram, LinearForm(bits=4, group_size=16), mask)
+    expected = solve(weight * mask, statistic.gram, LinearForm(bits=4, group_size=16), mask, **settings)
     torch.testing.assert_close(block.weight("up_proj"), expected.weight, rtol=1e-5, atol=1e-7)
     assert torch.equal(block.mask("up_proj"), mask)
     (note,) = block.notes
@@ -150,7 +153,8 @@ def test_the_second_factor_is_rounded_for_what_the_first_one_puts_out(block):
     weight = block.weight("up_proj")
     block.factorize("up_proj", weight[:8], torch.randn(64, 8, generator=torch.Generator().manual_seed(1)))
     b, statistic = block.weight("up_proj.b"), inputs(weight.shape[1])
-    stage = Quantize(bits=4, group_size=4, method="gptq", include=["up_proj"])
+    plain = {"act_order": False, "scale_search": False}
+    stage = Quantize(bits=4, group_size=4, method="gptq", include=["up_proj"], **plain)
     stage.apply(block, "mlp_input", statistic)
     expected = gptq(b, statistic.through(block.weight("up_proj.a")).gram, LinearForm(bits=4, group_size=4))
     torch.testing.assert_close(block.weight("up_proj.b"), expected.weight, rtol=1e-5, atol=1e-7)
@@ -183,6 +187,8 @@ def test_a_fault_of_a_method_names_the_matrix(block):
         ({"method": "gptq", "dampening": -1}, "dampening=-1: must be a number of at least 0"),
         ({"scale_dtype": "int8"}, "scale_dtype='int8' is not one of"),
         ({"static_groups": 1, "method": "gptq"}, "static_groups=1: must be true or false"),
+        ({"static_groups": None, "method": "gptq"}, "static_groups=None: must be true or false"),
+        ({"act_order": "yes", "method": "gptq"}, "act_order='yes': must be true or false"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, fault):
