@@ -16,6 +16,7 @@ from hf_llmkernel.compress.quantize.fold import (
     smooth_factors,
     takers,
 )
+from hf_llmkernel.compress.quantize.gptq import gptq
 from hf_llmkernel.compress.quantize.stage import Quantize
 from hf_llmkernel.compress.walk import Walk
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
@@ -196,6 +197,20 @@ def test_the_smooth_fold_tells_what_int8_inputs_would_lose(tmp_path):
     assert ((found - expected).square().sum() / expected.square().sum()) < 1e-3
     assert [note["site"] for note in block.notes] == list(SITES)
     assert all(note["exponent"] == 0.5 and 0 < note["activation_loss"] < 1.1 for note in block.notes)
+
+
+@torch.no_grad()
+def test_a_method_rounds_the_scaled_weight_for_the_scaled_inputs():
+    statistic = InputStatistic("gram")
+    statistic.add(torch.randn(200, 32, generator=torch.Generator().manual_seed(1)) * torch.arange(1.0, 33))
+    block = block_of(whole_model())
+    weight = block.weight("q_proj")
+    stage = Quantize(bits=4, group_size=16, method="gptq", fold="awq", include=("q_proj",))
+    change = stage.apply(block, "attention_input", statistic)
+    assert change is not None and change.max() > 1.5
+    gram = statistic.gram * change * change.unsqueeze(1)
+    expected = gptq(weight / change, gram, INT4, act_order=True, scale_search=True)
+    torch.testing.assert_close(block.weight("q_proj"), expected.weight, rtol=1e-5, atol=1e-6)
 
 
 def test_a_matrix_that_is_integer_already_is_refused():
