@@ -76,7 +76,7 @@ RUNS = {
         {"bits": 4, "group_size": 24, "symmetric": False},
         {"bits": 4, "group_size": 24, "embeddings": True, "method": "hqq", **FLOATING_ZEROS},
         {"bits": 4, "group_size": 16, "method": "gptq", "act_order": True, "scale_search": True, "fold": "awq"},
-        {"bits": 8, "group_size": 24, "method": "gptq", "act_order": False, "symmetric": False, "scale_dtype": "bfloat16"},
+        {"bits": 8, "group_size": 24, "method": "gptq", "symmetric": False, "scale_dtype": "bfloat16"},
         {"bits": 4, "group_size": 16, "embeddings": True, "method": "coordinate_descent", **FLOATING_ZEROS},
     ],
     "bitsandbytes": [
