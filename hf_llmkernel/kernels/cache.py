@@ -54,8 +54,11 @@ class _Room:
 class _RoomyStates:
     """`keys` and `values` of a layer as properties over two rooms."""
 
+    record_past = False  # whether tokens beyond a window have to stay
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.key_room, self.value_room = _Room(), _Room()
+        self.addresses: tuple[int, ...] | None = None  # of the rooms' tensors and their strides, while they are these
         super().__init__(*args, **kwargs)
 
     @property
@@ -64,6 +67,7 @@ class _RoomyStates:
 
     @keys.setter
     def keys(self, states: torch.Tensor | None) -> None:
+        self.addresses = None
         self.key_room.hold(states)
 
     @property
@@ -72,23 +76,47 @@ class _RoomyStates:
 
     @values.setter
     def values(self, states: torch.Tensor | None) -> None:
+        self.addresses = None
         self.value_room.hold(states)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.addresses = None
         self.key_room.reorder(beam_idx)
         self.value_room.reorder(beam_idx)
 
-    def place(self) -> tuple[int, ...]:
-        """Where the native step finds all this and writes the next token: `llmk_cache`, its mask offset left 0."""
-        keys, values = self.key_room, self.value_room
-        keys.make()
-        values.make()
-        tensor, other = keys.tensor, values.tensor
-        assert tensor is not None and other is not None and tensor.shape == other.shape and keys.begin == values.begin
-        batch, head, token, _ = tensor.stride()
-        offset = keys.begin * token * tensor.element_size()
-        kind = TYPES[tensor.dtype]
-        return tensor.data_ptr() + offset, other.data_ptr() + offset, batch, head, token, keys.length, 0, kind
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "addresses": None}
+
+    def place(self) -> tuple[int, ...] | None:
+        """Where the native step finds all this and writes the next token: `llmk_cache`, its mask offset left 0.
+
+        `None` where there is nothing yet, or nothing that it can write into.
+        """
+        room = self.key_room
+        places = self.addresses
+        if places is None or room.begin + room.length >= places[-1]:
+            places = self.addresses = self._make_room()
+        if places is None:
+            return None
+        keys, values, batch, head, token, kind, size, _ = places
+        offset = room.begin * token * size
+        return keys + offset, values + offset, batch, head, token, room.length, 0, kind
+
+    def _make_room(self) -> tuple[int, ...] | None:
+        states, others = self.keys, self.values
+        if self.record_past or states is None or others is None or states.dim() != 4 or not states.numel():
+            return None
+        if states.shape != others.shape or states.dtype != others.dtype or self.key_room.begin != self.value_room.begin:
+            return None
+        if states.device.type != "cpu" or states.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        self.key_room.make()
+        self.value_room.make()
+        keys, values = self.key_room.tensor, self.value_room.tensor
+        assert keys is not None and values is not None
+        batch, head, token, _ = keys.stride()
+        kind, size = TYPES[keys.dtype], keys.element_size()
+        return keys.data_ptr(), values.data_ptr(), batch, head, token, kind, size, keys.shape[2]
 
 
 class RoomyLayer(_RoomyStates, DynamicLayer):
@@ -112,6 +140,10 @@ class RoomyLayer(_RoomyStates, DynamicLayer):
 class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
     """A `DynamicSlidingWindowLayer` with room, which lets the oldest token go for each new one."""
 
+    def activate_past_recording(self) -> None:
+        self.addresses = None
+        super().activate_past_recording()
+
     def extend(self) -> None:
         self.cumulative_length += 1
         for room in (self.key_room, self.value_room):
@@ -121,30 +153,19 @@ class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
 
 
 def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:
-    """A cache layer that native steps write into, with the tokens of `layer`: itself, or one to put in its place.
-
-    `None` where there is none: a layer of another kind, without tokens yet, or not fp32 or bf16 on the CPU.
-    """
+    """A dynamic layer as one with room: itself, or what to put in its place; `None` of a layer of another kind."""
     kind = type(layer)
     if kind in (RoomyLayer, RoomySlidingLayer):
-        writable = layer
-    elif kind is DynamicLayer:
-        writable = RoomyLayer()
+        return layer
+    if kind is DynamicLayer:
+        larger = RoomyLayer()
     elif kind is DynamicSlidingWindowLayer:
-        writable = RoomySlidingLayer(layer.sliding_window)
+        larger = RoomySlidingLayer(layer.sliding_window)
     else:
         return None
-    if not layer.is_initialized or getattr(layer, "record_past", False) or not layer.get_seq_length():
-        return None
-    keys, values = layer.keys, layer.values
-    if keys is None or values is None or keys.shape != values.shape or keys.dim() != 4 or keys.device.type != "cpu":
-        return None
-    if keys.dtype != values.dtype or keys.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if writable is not layer:
-        vars(writable).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
-        writable.keys, writable.values = keys, values
-    return writable
+    vars(larger).update({name: value for name, value in vars(layer).items() if name not in ("keys", "values")})
+    larger.keys, larger.values = layer.keys, layer.values
+    return larger
 
 
 def static_place(layer: StaticLayer) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ class Kernels:
     operators = OPERATORS  # torch keeps them as long as this object
     is_enabled = staticmethod(library.is_enabled)
     decode = staticmethod(step.decode)
+    generating = staticmethod(library.generating)
 
     def serves(self, input: torch.Tensor) -> bool:
         """Whether activations are such as native linears take, and no gradient has to come back through them."""

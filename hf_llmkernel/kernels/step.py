@@ -7,11 +7,13 @@ Shapes: B batch, S tokens seen and the new one, V vocab_size.
 """
 
 import ctypes
+import operator
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
+from weakref import ref as weakref
 
 import torch
 from torch import nn
@@ -25,7 +27,9 @@ from .layout import Layout, dense_layout, linear_of, stored_weight
 from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
 
 MOST_SEQUENCES = 16
+CHECKED_EVERY = 32  # tokens
 CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the length
+VERSION = operator.attrgetter("_version")
 CAPTURING = "transformers.utils.output_capturing"
 PLAIN_OPTIONS = ("use_cache", "return_dict", "logits_to_keep")
 
@@ -45,6 +49,25 @@ class Plan:
     dtype: torch.dtype = torch.float32
     vocabulary: int = 0
     embeds: bool = False  # whether the native call looks tokens up itself
+    hooked: bool = False
+    cache: weakref[Cache] | None = None  # of the last step
+    expected: int = 0  # tokens in it before the next step of the same sequences
+    unchecked: int = 0
+
+    def continues(self, cache: Cache, seen: int) -> bool:
+        """Whether a step may do without comparing the model with what was watched.
+
+        That looks at some thousand objects which the step before has pushed out of the processor's caches. Within one
+        generation it is done for every 32nd token: an edit of the weights between two of its tokens may be seen late.
+        """
+        same = self.cache is not None and self.cache() is cache and seen == self.expected
+        self.unchecked = self.unchecked + 1 if same else CHECKED_EVERY
+        return self.unchecked < CHECKED_EVERY
+
+    def stepped(self, cache: Cache, seen: int) -> None:
+        self.expected = seen + 1
+        if self.cache is None or self.cache() is not cache:
+            self.cache = weakref(cache)
 
 
 class Watched:
@@ -52,15 +75,18 @@ class Watched:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self.attributes = [vars(module) for module in modules]
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        inner = modules[1:]  # the model's own hooks run around its forward, which asks for the step
+        self.attributes = [vars(module) for module in inner]
+        self.hooks = [hooks for module in inner for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         named = [entries for module in modules for entries in (module._modules, module._parameters, module._buffers)]
-        self.named = [(entries, name, value) for entries in named for name, value in entries.items()]
-        self.tensors = [value for _, _, value in self.named if isinstance(value, torch.Tensor)]
-        self.states = self._states()
+        filled = [(entries, name, value) for entries in named for name, value in entries.items()]
+        self.entries, self.names, self.values = (list(column) for column in zip(*filled, strict=True))
+        self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
+        self.addresses, self.versions = self._states()
 
-    def _states(self) -> list[tuple[int, int]]:
-        return [(tensor.data_ptr(), tensor._version) for tensor in self.tensors]
+    def _states(self) -> tuple[list[int], list[int]]:
+        # In C loops: a token waits for this.
+        return list(map(torch.Tensor.data_ptr, self.tensors)), list(map(VERSION, self.tensors))
 
     def is_hooked(self) -> bool:
         """Whether anything else than the modules' own code would run."""
@@ -73,7 +99,9 @@ class Watched:
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors)
 
     def is_same(self) -> bool:
-        return all(entries.get(name) is value for entries, name, value in self.named) and self.states == self._states()
+        if not all(map(operator.is_, map(dict.get, self.entries, self.names), self.values)):
+            return False
+        return (self.addresses, self.versions) == self._states()
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -96,16 +124,23 @@ def decode(
         position_ids: `None` or `[B, 1]`.
         options: all else that `forward` was given; any that asks for more than logits is torch's.
     """
-    if not _is_step(model, input_ids, past_key_values, options):
-        return None
-    assert input_ids is not None and NATIVE is not None
-    plan = plan_of(model)
-    if plan.model is None or plan.watched.is_hooked() or plan.watched.takes_gradients():
+    logits = None
+    if _is_step(model, input_ids, past_key_values, options):
+        logits = _step(model, input_ids, attention_mask, position_ids, past_key_values)
+    library.leave_to_torch(native=logits is not None)
+    return logits
+
+
+def _step(
+    model: Any, input_ids: Any, attention_mask: Any, position_ids: torch.Tensor | None, past_key_values: Any
+) -> torch.Tensor | None:
+    seen = int(past_key_values.get_seq_length(_first_attending(model)))
+    plan = plan_of(model, past_key_values, seen)
+    if plan.model is None or plan.hooked or plan.watched.takes_gradients():
         return None
     places = _cache_places(past_key_values, plan)
     if places is None:
         return None
-    seen = _seen(past_key_values, plan)
     batch = input_ids.shape[0]
     mask = _seen_tokens(attention_mask, batch, seen + 1)
     positions = _positions(position_ids, batch, seen)
@@ -119,6 +154,7 @@ def decode(
     for index in plan.attending:
         layer = past_key_values.layers[index]
         layer.cumulative_length.add_(1) if type(layer) is StaticLayer else layer.extend()
+    plan.stepped(past_key_values, seen)
     return logits
 
 
@@ -149,26 +185,28 @@ def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) ->
 def _cache_places(cache: Any, plan: Plan) -> array | None:
     """`llmk_cache` of every layer, those of a dynamic cache given room; `None` where one is not writable."""
     assert plan.model is not None
-    layers = cache.layers
+    layers, kind = cache.layers, TYPES[plan.dtype]
     if len(layers) < plan.model.layers:
         return None
-    places = array("q", bytes(64 * plan.model.layers))
+    places = [0] * (8 * plan.model.layers)
     for index in plan.attending:
         layer = layers[index]
         if type(layer) is StaticLayer:
             place = static_place(layer)
+        elif (writable := roomy(layer)) is not None:
+            place = writable.place()
+            layers[index] = writable
         else:
-            writable = roomy(layer)
-            place = None if writable is None else writable.place()
-            layers[index] = writable or layer
-        if place is None or place[7] != TYPES[plan.dtype]:
             return None
-        places[8 * index : 8 * index + 8] = array("q", place)
-    return places
+        if place is None or place[7] != kind:
+            return None
+        places[8 * index : 8 * index + 8] = place
+    return array("q", places)
 
 
-def _seen(cache: Any, plan: Plan) -> int:
-    return int(cache.layers[plan.attending[0]].get_seq_length())
+def _first_attending(model: Any) -> int:
+    plan = _plans.get(model)
+    return plan.attending[0] if plan is not None and plan.attending else model.model._first_cached() or 0
 
 
 def _seen_tokens(attention_mask: Any, batch: int, length: int) -> Any:
@@ -229,11 +267,14 @@ def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: An
 # ---- the plan ----
 
 
-def plan_of(model: nn.Module) -> Plan:
+def plan_of(model: nn.Module, cache: Cache, seen: int) -> Plan:
     """The plan of a model as it now is, made anew where anything in it is another than before."""
     plan = _plans.get(model)
+    if plan is not None and plan.continues(cache, seen):
+        return plan
     if plan is None or not plan.watched.is_same():
         plan = _plans[model] = _make_plan(model)
+    plan.hooked, plan.unchecked = plan.watched.is_hooked(), 0
     return plan
 
 

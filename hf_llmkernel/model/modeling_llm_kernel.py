@@ -21,6 +21,7 @@ Shapes: B batch, T tokens, S cached and new tokens, H hidden_size, N heads, D he
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -811,6 +812,10 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
             self._tied_weights_keys = {f"lm_head.{name}": f"model.embed_tokens.{name}" for name in names}
 
         self.post_init()
+
+    def generate(self, *args, **kwargs):
+        with nullcontext() if KERNELS is None else KERNELS.generating():
+            return super().generate(*args, **kwargs)
 
     @can_return_tuple
     @auto_docstring

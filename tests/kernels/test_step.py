@@ -10,7 +10,7 @@ from torch import nn
 from transformers import StaticCache
 
 from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
-from hf_llmkernel.kernels import disabled, step
+from hf_llmkernel.kernels import disabled, library, step
 from hf_llmkernel.kernels.cache import RoomyLayer, RoomySlidingLayer
 
 SIZES = {
@@ -324,3 +324,17 @@ def test_a_token_beyond_the_vocabulary_is_an_error():
     cache = model(prompt(1, 3), use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="not of the vocabulary"):
         model(torch.tensor([[61]]), past_key_values=cache)
+
+
+def test_generate_leaves_torchs_threads_as_they_were():
+    model, before = random_model(), torch.get_num_threads()
+    seen = []
+    try:
+        torch.set_num_threads(3)
+        model.register_forward_hook(lambda *arguments: seen.append((torch.get_num_threads(), library.threads())))
+        model.generate(prompt(1, 4), max_new_tokens=3, pad_token_id=0)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    # After the prompt, torch's own; after each native step one, for what `generate` does with the logits.
+    assert seen == [(3, 3), (1, 3), (1, 3)]

@@ -352,37 +352,54 @@ struct Bf16States {
 
 constexpr int64_t kTokens = 64;  // a tile, whose keys stay in the first-level cache for all heads
 
-// scores[h][t] of up to 16 tokens from `first`.
+// scores[h][t] of up to 16 tokens from `first`; the last one stands in for those that are missing, so that the loops are
+// of a fixed length and all sums stay in registers.
 template <class States>
 inline void score_tokens(const Attention& a, int64_t first, int64_t count, int64_t heads, int64_t head, float (*scores)[kTokens],
                          int64_t column) {
+    int64_t at[16];
+    for (int64_t t = 0; t < 16; ++t) at[t] = (first + smaller(t, count - 1)) * a.token_stride;
     for (int64_t h = head; h < head + heads; ++h) {
         const float* query = a.queries + h * a.head_dim;
         Floats sums[16];
-        for (int64_t t = 0; t < 16; ++t) sums[t] = f_zero();
-        for (int64_t d = 0; d < a.head_dim; d += 16) {
-            const int64_t width = smaller(16, a.head_dim - d);
-            const Floats part = width == 16 ? f_load(query + d) : f_load_some(query + d, width);
-            for (int64_t t = 0; t < count; ++t)
-                sums[t] = f_fma(part, States::load(a.keys, (first + t) * a.token_stride + d, width), sums[t]);
+        for (int t = 0; t < 16; ++t) sums[t] = f_zero();
+        int64_t d = 0;
+        for (; d + 16 <= a.head_dim; d += 16) {
+            const Floats part = f_load(query + d);
+            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + d, 16), sums[t]);
+        }
+        if (const int64_t rest = a.head_dim - d) {
+            const Floats part = f_load_some(query + d, rest);
+            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + d, rest), sums[t]);
         }
         f_store(scores[h - head] + column, f_sums(sums));
     }
 }
 
-// output[h] += Σ weights[h][t] value[t], for H heads at once so that a value is read once for all.
+// output[h] += Σ weights[h][t] value[t] in V times 16 channels from d (of the last, `width`), for H heads at once so that
+// a value is read once for all.
+template <class States, int H, int V>
+inline void add_channels(const Attention& a, int64_t first, int64_t count, int64_t head, const float (*weights)[kTokens],
+                         int64_t d, int64_t width) {
+    Floats sums[H][V];
+    for (int h = 0; h < H; ++h)
+        for (int v = 0; v < V; ++v) sums[h][v] = f_load_some(a.output + (head + h) * a.head_dim + d + 16 * v, width);
+    for (int64_t t = 0; t < count; ++t) {
+        const int64_t at = (first + t) * a.token_stride + d;
+        for (int v = 0; v < V; ++v) {
+            const Floats value = States::load(a.values, at + 16 * v, width);
+            for (int h = 0; h < H; ++h) sums[h][v] = f_fma(f_set(weights[h][t]), value, sums[h][v]);
+        }
+    }
+    for (int h = 0; h < H; ++h)
+        for (int v = 0; v < V; ++v) f_store_some(a.output + (head + h) * a.head_dim + d + 16 * v, sums[h][v], width);
+}
+
 template <class States, int H>
 inline void add_values(const Attention& a, int64_t first, int64_t count, int64_t head, const float (*weights)[kTokens]) {
-    for (int64_t d = 0; d < a.head_dim; d += 16) {
-        const int64_t width = smaller(16, a.head_dim - d);
-        Floats sums[H];
-        for (int h = 0; h < H; ++h) sums[h] = f_load_some(a.output + (head + h) * a.head_dim + d, width);
-        for (int64_t t = 0; t < count; ++t) {
-            const Floats value = States::load(a.values, (first + t) * a.token_stride + d, width);
-            for (int h = 0; h < H; ++h) sums[h] = f_fma(f_set(weights[h][t]), value, sums[h]);
-        }
-        for (int h = 0; h < H; ++h) f_store_some(a.output + (head + h) * a.head_dim + d, sums[h], width);
-    }
+    int64_t d = 0;
+    for (; d + 64 <= a.head_dim; d += 64) add_channels<States, H, 4>(a, first, count, head, weights, d, 16);
+    for (; d < a.head_dim; d += 16) add_channels<States, H, 1>(a, first, count, head, weights, d, smaller(16, a.head_dim - d));
 }
 
 // Scores to weights exp(score - largest), the largest so far; what was summed before is scaled to it.
