@@ -347,7 +347,8 @@ class PackedWeight(nn.Module):
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight `[O, I]`; kept between calls in evaluation, unless native kernels keep their own layout."""
         dtype = dtype or self.compute_dtype
-        if KERNELS is not None and KERNELS.is_enabled() and self._derived is not None and self._derived[1] == "kernels":
+        serving = None if torch.compiler.is_compiling() else KERNELS
+        if serving and serving.is_enabled() and self._derived is not None and self._derived[1] == "kernels":
             return unpack_rows(self.stored(), self.form, self.in_features, dtype)
         return self._derive(dtype, lambda: unpack_rows(self.stored(), self.form, self.in_features, dtype))
 
@@ -427,7 +428,9 @@ class PackedLinear(PackedWeight, nn.Linear):
     """A linear `y = x Wᵀ + bias` over a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        layout = self.kernel_layout() if KERNELS is not None and KERNELS.serves(input) else None
+        # What is compiled or exported is of torch's own operations.
+        serving = None if torch.compiler.is_compiling() else KERNELS
+        layout = self.kernel_layout() if serving and serving.serves(input) else None
         if layout is not None:
             return KERNELS.linear(input, layout, self.bias)
         return F.linear(input, self.dense_weight(input.dtype), self.bias)

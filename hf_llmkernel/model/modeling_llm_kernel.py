@@ -831,7 +831,8 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        if KERNELS is not None and inputs_embeds is None and labels is None:
+        # A graph that is compiled or exported is of torch's own operations.
+        if KERNELS is not None and not torch.compiler.is_compiling() and inputs_embeds is None and labels is None:
             options = {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
             logits = KERNELS.decode(self, input_ids, attention_mask, position_ids, past_key_values, options)
             if logits is not None:
