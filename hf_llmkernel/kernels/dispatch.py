@@ -27,7 +27,6 @@ class Kernels:
             and input.dtype in (torch.float32, torch.bfloat16)
             and type(input) is torch.Tensor
             and not (input.requires_grad and torch.is_grad_enabled())
-            and library.is_enabled()
         )
 
     def layout(

@@ -159,11 +159,11 @@ def _step(
 
 
 def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) -> bool:
-    if not library.is_enabled() or model.training or type(input_ids) is not torch.Tensor:
+    if model.training or type(input_ids) is not torch.Tensor:
         return False
     if input_ids.dim() != 2 or input_ids.shape[1] != 1 or not 0 < input_ids.shape[0] <= MOST_SEQUENCES:
         return False
-    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if input_ids.device.type != "cpu" or torch._C._get_tracing_state() is not None:
         return False
     if type(cache) not in (DynamicCache, StaticCache, Cache) or cache.offloading:
         return False

@@ -33,6 +33,12 @@ try:  # where the package is installed with its native library
 except ImportError:
     KERNELS = None
 
+
+def kernels_in_use():
+    """The native kernels where they serve, else `None`: a traced graph is torch's alone."""
+    return None if KERNELS is None or torch.compiler.is_compiling() or not KERNELS.is_enabled() else KERNELS
+
+
 INT4_OFFSET = 8  # symmetric 4-bit integers -8..7 are stored as 0..15
 
 
@@ -347,17 +353,17 @@ class PackedWeight(nn.Module):
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The dense weight `[O, I]`; kept between calls in evaluation, unless native kernels keep their own layout."""
         dtype = dtype or self.compute_dtype
-        serving = None if torch.compiler.is_compiling() else KERNELS
-        if serving and serving.is_enabled() and self._derived is not None and self._derived[1] == "kernels":
+        if self._derived is not None and self._derived[1] == "kernels" and kernels_in_use() is not None:
             return unpack_rows(self.stored(), self.form, self.in_features, dtype)
         return self._derive(dtype, lambda: unpack_rows(self.stored(), self.form, self.in_features, dtype))
 
     def kernel_layout(self):
         """The weight as native kernels read it, kept between calls in evaluation; `None` where they cannot."""
-        if KERNELS is None or self.values.device.type != "cpu" or not self._may_keep():
+        kernels = kernels_in_use()
+        if kernels is None or self.values.device.type != "cpu" or not self._may_keep():
             return None
         shape = (self.out_features, self.in_features)
-        return self._derive("kernels", lambda: KERNELS.layout(self.stored(), self.form, *shape))
+        return self._derive("kernels", lambda: kernels.layout(self.stored(), self.form, *shape))
 
     @property
     def weight(self) -> DerivedWeight:
@@ -429,10 +435,9 @@ class PackedLinear(PackedWeight, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # What is compiled or exported is of torch's own operations.
-        serving = None if torch.compiler.is_compiling() else KERNELS
-        layout = self.kernel_layout() if serving and serving.serves(input) else None
-        if layout is not None:
-            return KERNELS.linear(input, layout, self.bias)
+        kernels = kernels_in_use()
+        if kernels is not None and kernels.serves(input) and (layout := self.kernel_layout()) is not None:
+            return kernels.linear(input, layout, self.bias)
         return F.linear(input, self.dense_weight(input.dtype), self.bias)
 
 

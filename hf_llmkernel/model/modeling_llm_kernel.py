@@ -47,13 +47,13 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llm_kernel import LinearForm, LLMKernelConfig
 from .linear_llm_kernel import (
-    KERNELS,
     LowRankEmbedding,
     LowRankLinear,
     PackedWeight,
     build_embedding,
     build_linear,
     is_whole,
+    kernels_in_use,
     largest_mask,
     pack_weight,
 )
@@ -814,7 +814,8 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def generate(self, *args, **kwargs):
-        with nullcontext() if KERNELS is None else KERNELS.generating():
+        kernels = kernels_in_use()
+        with nullcontext() if kernels is None else kernels.generating():
             return super().generate(*args, **kwargs)
 
     @can_return_tuple
@@ -831,10 +832,10 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithPast:
-        # A graph that is compiled or exported is of torch's own operations.
-        if KERNELS is not None and not torch.compiler.is_compiling() and inputs_embeds is None and labels is None:
+        kernels = kernels_in_use()
+        if kernels is not None and inputs_embeds is None and labels is None:
             options = {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
-            logits = KERNELS.decode(self, input_ids, attention_mask, position_ids, past_key_values, options)
+            logits = kernels.decode(self, input_ids, attention_mask, position_ids, past_key_values, options)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs: BaseModelOutputWithPast = self.model(

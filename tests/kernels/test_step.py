@@ -338,3 +338,16 @@ def test_generate_leaves_torchs_threads_as_they_were():
         torch.set_num_threads(before)
     # After the prompt, torch's own; after each native step one, for what `generate` does with the logits.
     assert seen == [(3, 3), (1, 3), (1, 3)]
+
+
+def test_a_traced_graph_is_torchs_and_whole(native_calls):
+    """Dynamo meets nothing of the kernels, which it could not trace."""
+    model = random_model(**CONFIGS["int4"])
+    ids = prompt(1, 6)
+    model(ids, use_cache=True)  # leaves kernel layouts behind
+    with disabled():
+        expected = model(ids, use_cache=False).logits
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert not native_calls

@@ -58,6 +58,11 @@ inline Floats load_scales(const uint8_t* p, int32_t type) {
     }
 }
 
+template <int Lines>
+inline void prefetch_lines(const uint8_t* p) {
+    for (int i = 0; i < Lines; ++i) prefetch(p + i * kLine);
+}
+
 // The codes of a record, 32 columns at a time, each handed to `dot(codes, first of their 4 columns)`.
 struct DenseInt8 {
     static constexpr bool kNarrow = false;
@@ -66,14 +71,7 @@ struct DenseInt8 {
     void group(const uint8_t*) {}
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch(values + 2048);
-        prefetch(values + 2048 + 64);
-        prefetch(values + 2048 + 128);
-        prefetch(values + 2048 + 192);
-        prefetch(values + 2048 + 256);
-        prefetch(values + 2048 + 320);
-        prefetch(values + 2048 + 384);
-        prefetch(values + 2048 + 448);
+        prefetch_lines<8>(values + 2048);
         for (int i = 0; i < 8; ++i, values += 64) dot(c_load(values), 4 * i);
     }
 };
@@ -85,10 +83,7 @@ struct DenseInt4 {
     void group(const uint8_t*) {}
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch(values + 2048);
-        prefetch(values + 2048 + 64);
-        prefetch(values + 2048 + 128);
-        prefetch(values + 2048 + 192);
+        prefetch_lines<4>(values + 2048);
         for (int i = 0; i < 4; ++i, values += 64) {
             const Codes pairs = c_load(values);
             dot(c_low(pairs), 8 * i);
@@ -114,10 +109,8 @@ struct Sparse {
     }
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch(values + 1024);
-        prefetch(values + 1024 + 64);
-        prefetch(values + 1024 + 128);
-        prefetch(values + 1024 + 192);
+        prefetch(masks + 128);
+        prefetch_lines<4>(values + 2048);
         for (int i = 0; i < 8; ++i, ++masks)
             dot(Nibbles ? expand_nibbles(fill, *masks, values) : expand_bytes(fill, *masks, values), 4 * i);
     }
