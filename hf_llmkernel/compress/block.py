@@ -24,6 +24,7 @@ SITES = {
     "mlp_input": ("gate_proj", "up_proj"),
     "mlp_output": ("down_proj",),
 }
+LINEARS = tuple(leaf for leaves in SITES.values() for leaf in leaves)
 SUBLAYER_LINEARS = {"attention": ATTENTION_LINEARS, "mlp": MLP_LINEARS}
 SUBLAYER_MODULES = {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
 

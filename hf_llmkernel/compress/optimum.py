@@ -18,7 +18,7 @@ from ..convert.incoming import read_config_fields
 from ..convert.source import locate_source
 from ..evaluate.inventory import Entry, inspect
 from ..evaluate.layout import shape_config, slots, stored_values
-from .block import SITES
+from .block import LINEARS
 from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
 from .prune.stage import METHODS as GROUP_METHODS
@@ -37,7 +37,6 @@ OF_TRAINING = ("start_step", "end_step", "pruning_frequency", "sparsity_decay_ty
 # What the base class writes beside a config's own entries.
 STAMPS = ("model_type", "transformers_version", "optimum_version")
 MEASURED = ("measured_sparsity", "measured_sparsity_by_op")
-LINEARS = tuple(leaf for leaves in SITES.values() for leaf in leaves)
 
 
 class LLMKernelPruningConfig(RecipeConfig):

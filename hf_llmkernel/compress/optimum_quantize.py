@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoint.bitsandbytes import QUANT_TYPES
 from ..evaluate.inventory import inspect
-from .block import SITES
+from .block import LINEARS
 from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
 from .quantize.stage import METHODS
@@ -21,7 +21,6 @@ from .recipe import Recipe
 
 BITSANDBYTES = {f"bnb-{quant_type}": quant_type for quant_type in QUANT_TYPES}
 PER_ROW = -1  # as other tools write a group that is a whole row
-LINEARS = tuple(leaf for leaves in SITES.values() for leaf in leaves)
 
 
 class LLMKernelQuantizationConfig(RecipeConfig):

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..checkpoint.model_folder import ModelFolder
+from ..kernels import disabled
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from . import processes
 from .disk import write_json
@@ -57,6 +58,7 @@ class Run:
         self.clock = Clock(work / "seconds.json")
         self._outcomes: list[dict[str, Any]] = []
 
+    @disabled()  # native kernels round activations to integers: statistics would depend on the machine
     def run(self) -> ModelFolder:
         """All phases, but for those that an interrupted run has done; returns the folder of the last sweep."""
         groups = phases(self.recipe.stages)

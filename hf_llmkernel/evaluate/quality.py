@@ -2,7 +2,7 @@
 
 Windows do not overlap and share no state; in each, every token but the first is predicted from those before it in the
 window; the losses are log-softmax in fp32, summed in fp64 over all windows. The model computes in its own dtype: load
-it in fp32 for a figure that is to be compared.
+it in fp32 for a figure that is to be compared. Native kernels are off, for they round activations to integers.
 
 Shapes: W windows, B windows a batch, T context, D hidden size, V vocabulary.
 """
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..checkpoint.model_folder import ModelFolder, Positions
+from ..kernels import disabled
 
 LOGIT_ROWS = 256  # rows of logits that exist at once: 256 x 49,152 in fp32 are 48 MiB
 PROBE_TOKENS = 8
@@ -46,6 +47,7 @@ class Perplexity:
     window_nlls: tuple[float, ...]
 
 
+@disabled()
 def perplexity(
     model: Any, windows: torch.Tensor, batch_size: int = 1, progress: bool = True, label: str = "perplexity"
 ) -> Perplexity:
@@ -71,6 +73,7 @@ def perplexity(
     return _summarize(nlls, windows)
 
 
+@disabled()
 @torch.inference_mode()
 def streamed_perplexity(
     folder: Path, windows: torch.Tensor, progress: bool = True, label: str = "perplexity"
