@@ -37,13 +37,17 @@ class Block:
         layer: its own configuration, `config.per_layer_config[index]`; stages change it.
         tensors: `{name inside the block: tensor as stored}`, as in `self_attn.q_proj.weight`; kept in fp32 until
             `cast`, so that stages after one another do not round in between.
+        origin: the layer's number in the source, where layers before it were dropped; messages name it by this.
 
     Raises:
         ValueError: a tensor missing, unknown, or of a shape that the configuration does not have.
     """
 
-    def __init__(self, index: int, layer: LLMKernelConfig, tensors: dict[str, torch.Tensor]):
+    def __init__(
+        self, index: int, layer: LLMKernelConfig, tensors: dict[str, torch.Tensor], origin: int | None = None
+    ):
         self.index = index
+        self.origin = index if origin is None else origin
         self.layer = layer
         self.tensors = in_fp32(tensors)
         self.notes: list[dict[str, Any]] = []
@@ -65,9 +69,9 @@ class Block:
                 )
 
     def path(self, name: str) -> str:
-        """The full name of a tensor or matrix of this block, for messages."""
+        """The full name of a tensor or matrix of this block in the source, for messages."""
         leaf = name.partition(".")[0]
-        return f"model.layers.{self.index}.{module_path(name) if leaf in ATTENTION_LINEARS + MLP_LINEARS else name}"
+        return f"model.layers.{self.origin}.{module_path(name) if leaf in ATTENTION_LINEARS + MLP_LINEARS else name}"
 
     def note(self, **facts: Any) -> None:
         """Records what a stage has to tell of this block: a fallback, a loss."""

@@ -42,7 +42,8 @@ def _render_plan(plan: dict[str, Any]) -> str:
     for stage in plan["stages"]:
         about = "about " if stage["estimated"] else ""
         sizes = [f"{about}{count(stage['parameters'])}", f"{about}{size(stage['weight_bytes'])}"]
-        rows.append([stage_name(stage), *sizes, "; ".join(map(result_text, stage["result"]))])
+        expected = "expected: " if stage["estimated"] else ""
+        rows.append([stage_name(stage), *sizes, expected + "; ".join(map(result_text, stage["result"]))])
     table = text_table(["stage", "parameters", "weights", "layers"], rows, "lrrl")
     end = (
         f"{plan['sweeps']} walks over the blocks, about {plan['seconds']:.0f} s; memory about "

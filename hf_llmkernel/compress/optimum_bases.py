@@ -93,7 +93,7 @@ class RecipeConfig(BaseConfig):
 
     def _chosen_linears(self) -> dict[str, Any]:
         excluded = [name for name in self.excluded_op_names or () if name not in NEVER_CHOSEN]
-        return {"include": self.op_names or None, "exclude": excluded}
+        return {"include": self.op_names, "exclude": excluded}
 
     def _check_recipe(self) -> None:
         names = [name for name in self.setting_names() if name != "recipe"]
@@ -106,6 +106,8 @@ class RecipeConfig(BaseConfig):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, list | tuple) and all(isinstance(op, str) for op in value)):
                 raise ValueError(f"{name}={value!r}: must be a list of names or globs, such as ['q_proj', 'mlp.*'].")
+        if self.op_names is not None and not self.op_names:
+            raise ValueError("op_names=[]: leaves no linear to work on; leave it out for all.")
 
     def to_dict(self) -> dict[str, Any]:
         """Its own entries and the versions, without what the base class holds for models."""

@@ -60,11 +60,12 @@ def plan_stages(
 
 
 def plan_stage(config: LLMKernelConfig, stage: Stage) -> tuple[LLMKernelConfig, list[dict[str, Any]]]:
-    """The configuration after one stage, each layer as if all were alike, and what it reached."""
+    """The configuration after one stage, what it will decide over all layers assumed, and what it reached."""
     kept = stage.depth(None, config.num_hidden_layers)
     config = config if len(kept) == config.num_hidden_layers else keep_layers(config, kept)
     layers = own_layers(config)
-    results = {index: stage.plan(layer) for index, layer in enumerate(layers) if stage.covers(index)}
+    targets = stage.assume(layers)
+    results = {index: stage.plan(layer, targets[index]) for index, layer in enumerate(layers) if stage.covers(index)}
     config = copy.deepcopy(config)
     stage.plan_top(config)
     config = merge_layers(config, layers)

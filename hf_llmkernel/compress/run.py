@@ -93,7 +93,7 @@ class Run:
 
         `layers` says of each layer of `current` which one of the source it was made of; so does what is returned.
         """
-        decision = self._decide(number, stages[0], current) if stages[0].is_global else None
+        decision = self._decide(number, stages[0], current, layers) if stages[0].is_global else None
         kept = stages[0].depth(decision, current.config.num_hidden_layers)
         if len(kept) < current.config.num_hidden_layers:
             current = current.restricted(keep_layers(current.config, kept), kept)
@@ -128,14 +128,14 @@ class Run:
     def _outcome_file(self, number: int) -> Path:
         return self.work / f"phase-{number:02d}.json"
 
-    def _decide(self, number: int, stage: Stage, current: ModelFolder) -> dict[str, Any]:
+    def _decide(self, number: int, stage: Stage, current: ModelFolder, layers: list[int]) -> dict[str, Any]:
         """The phase's decision, from `plan.json` where it was made before; of several processes, the first one's."""
         file = self.work / "plan.json"
         decisions = processes.on_first(lambda: json.loads(file.read_text()) if file.is_file() else {})
         if str(number) in decisions:
             return decisions[str(number)]
         folder = self.work / f"survey-{number:02d}"
-        survey = Survey(current, self.ids, self.dtype, folder, self.progress)
+        survey = Survey(current, self.ids, self.dtype, folder, self.progress, layers)
         with torch.no_grad():
             decision = self.clock.time("survey", lambda: stage.decide(survey))
 

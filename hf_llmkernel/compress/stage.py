@@ -130,6 +130,10 @@ class Stage:
         """Which of `count` layers stay; by default all."""
         return list(range(count))
 
+    def assume(self, layers: list[LLMKernelConfig]) -> list[Any]:
+        """What a plan takes for the targets of all layers before anything is decided; by default none."""
+        return [None] * len(layers)
+
     def plan(self, layer: LLMKernelConfig, target: Any = None) -> dict[str, Any]:
         """Gives a layer's own configuration its new shapes and forms; returns what is worth reporting of them.
 

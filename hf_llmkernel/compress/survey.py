@@ -35,10 +35,17 @@ class Survey:
         dtype: of what will stay floating.
         folder: for what an interrupted survey needs to go on.
         progress: whether to draw a bar.
+        origins: of each layer its number in the checkpoint that the recipe began with; by default the same.
     """
 
     def __init__(
-        self, source: ModelFolder, ids: torch.Tensor | None, dtype: torch.dtype, folder: Path, progress: bool
+        self,
+        source: ModelFolder,
+        ids: torch.Tensor | None,
+        dtype: torch.dtype,
+        folder: Path,
+        progress: bool,
+        origins: list[int] | None = None,
     ):
         self.source = source
         self.dtype = dtype
@@ -46,6 +53,7 @@ class Survey:
         self.ids = ids
         self.folder = folder
         self.progress = progress
+        self.origins = origins or [*range(source.config.num_hidden_layers)]
 
     @property
     def layers(self) -> list[LLMKernelConfig]:
@@ -54,7 +62,7 @@ class Survey:
 
     def block(self, index: int) -> Block:
         """One layer with its weights."""
-        return load_block(self.source, index)
+        return load_block(self.source, index, self.origins[index])
 
     def weigh(self, look: Callable[[Block], dict[str, Any]]) -> list[dict[str, Any]]:
         """What `look` says of each layer from its weights alone."""

@@ -118,6 +118,7 @@ class Sweep:
         self.clock = clock
         self.origin = origin
         self.count = source.config.num_hidden_layers
+        self._told: list[str] = []  # the last block's loss, for the bar
 
     @torch.no_grad()
     def run(self) -> ModelFolder:
@@ -215,7 +216,7 @@ class Sweep:
         return reference
 
     def _read_block(self, index: int) -> Block:
-        return load_block(self.source, index)
+        return load_block(self.source, index, self.origin[1][index])
 
     def _change(self, block: Block, walk: Walk | None, bar: tqdm) -> None:
         """All stages on one block, one run of the walk for those that can share it."""
@@ -225,12 +226,15 @@ class Sweep:
         runs = [list(steps) for _, steps in groupby(covering, lambda step: step.stage.structural)] or [[]]
         for number, steps in enumerate(runs):
             last = number == len(runs) - 1
-            bar.set_postfix_str(" ".join(step.stage.name for step in steps))
+            names = [step.stage.name for step in steps]
+            bar.set_postfix_str(" ".join([*names, *self._told]))
             needs = shared_needs(steps, block)
             advance = walk is not None and last and self._needs_data_after(block.index)
             visit = self._visitor(block, steps, last)
             if walk is not None and (needs or advance):
                 self._run(walk, block, needs, visit, advance)
+                self._told = _loss_text(block)
+                bar.set_postfix_str(" ".join([*names, *self._told]))
             else:
                 for site in SITES:
                     visit(site, None)
@@ -316,3 +320,9 @@ def shared_needs(steps: list[Step], block: Block) -> dict[str, str]:
         for site, need in step.stage.needs(block.layer).items():
             needs[site] = max(need, needs.get(site, NEEDS[0]), key=NEEDS.index)
     return needs
+
+
+def _loss_text(block: Block) -> list[str]:
+    """The mean loss of a block's matrices, where its stages noted any."""
+    losses = [note["loss"] for note in block.notes if "loss" in note]
+    return [f"loss {sum(losses) / len(losses):.2g}"] if losses else []

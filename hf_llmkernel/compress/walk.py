@@ -207,7 +207,7 @@ class Walk:
             if self.watch is not None:
                 self.watch("layer", self.states.read(begin, end), after)
         if not all(processes.gather(finite)):
-            path = f"model.layers.{block.index}"
+            path = f"model.layers.{block.origin}"
             raise ValueError(f"{path}: its outputs are not finite on the calibration text; check the weights.")
         self.states.close()  # its file stays until `settle`
         self.index += 1
@@ -277,13 +277,13 @@ def fast_products() -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def load_block(source: ModelFolder, index: int) -> Block:
+def load_block(source: ModelFolder, index: int, origin: int | None = None) -> Block:
     """A layer with its weights on the accelerator: there its inputs are seen, and whatever stages make is made there.
 
-    Files of activations and of weights are all that leaves it.
+    Its `origin` is as `Block` takes it. Files of activations and of weights are all that leaves it.
     """
     tensors = {name: tensor.to(accelerator()) for name, tensor in source.block_tensors(index).items()}
-    return Block(index, source.layer_config(index), tensors)
+    return Block(index, source.layer_config(index), tensors, origin)
 
 
 def accelerator() -> torch.device:

@@ -35,6 +35,7 @@ def load_documents(source: str | Path) -> list[Document]:
             - a `.jsonl` file, one object a line, with a string `text` or a conversation as `messages` or
               `conversations`: a list of `{role, content}`, or of ShareGPT's `{from, value}`;
             - a folder of `.txt` files, one document each;
+            - a `.parquet` or `.csv` file, with `:COLUMN` behind it where the rule below does not find the column;
             - a folder or Hub name of `datasets`, as `NAME[:CONFIG[:SPLIT[:COLUMN]]]`, the split as `datasets` knows
               it (`train[:1000]`); by default the split `train` (else the first) and the column `text`, else `messages`
               or `conversations`, else the only one of strings. A column that is named may be of conversations too.
@@ -56,15 +57,18 @@ def _read(source: str) -> Sequence[Document]:
     if source in BUILT_IN_TEXTS:
         return BUILT_IN_READERS[source]()
     if path.is_file():
-        return _read_file(path)
+        return _read_table(path, None) if path.suffix in TABLES else _read_file(path)
+    file, _, column = source.rpartition(":")
+    if Path(file).suffix in TABLES and Path(file).expanduser().is_file():
+        return _read_table(Path(file).expanduser(), column)
     if path.is_dir() and (files := sorted(path.glob("*.txt"))):
         return [_read_text(file) for file in files]
     name = source.split(":")[0]
     if path.is_dir() or "/" in name or ":" in source:
         return _read_dataset(source)
     raise ValueError(
-        f"text={source!r}: is no file or folder and not built in; use one of {sorted(BUILT_IN_TEXTS)}, a .txt or "
-        ".jsonl file, a folder of .txt files, or a dataset as NAME:CONFIG:SPLIT."
+        f"text={source!r}: is no file or folder and not built in; use one of {sorted(BUILT_IN_TEXTS)}, a .txt, "
+        ".jsonl, .parquet or .csv file, a folder of .txt files, or a dataset as NAME:CONFIG:SPLIT."
     )
 
 
@@ -105,7 +109,7 @@ def _read_file(path: Path) -> Sequence[Document]:
         return [_document_of(line, f"text={str(path)!r}: line {number}") for number, line in lines if line.strip()]
     if path.suffix == ".txt":
         return DOCUMENT_BREAK.split(_read_text(path))
-    raise ValueError(f"text={str(path)!r}: a text file ends in .txt or .jsonl; rename or convert it.")
+    raise ValueError(f"text={str(path)!r}: a text file ends in .txt, .jsonl, .parquet or .csv; rename or convert it.")
 
 
 def _read_text(path: Path) -> str:
@@ -143,7 +147,37 @@ def _read_dataset(source: str) -> Sequence[Document]:
         ) from error
     if isinstance(dataset, DatasetDict):
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
-    column = _column(source, dataset, column)
+    return _documents_of(source, dataset, _column(source, dataset, column, "NAME:CONFIG:SPLIT:COLUMN"))
+
+
+def _read_table(path: Path, column: str | None) -> Sequence[Document]:
+    from datasets import Dataset
+
+    source = str(path)
+    try:
+        dataset = Dataset(TABLES[path.suffix](path))
+    except Exception as error:  # of a library that raises of every kind: what matters is that it did not load
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"text={source!r}: is no {path.suffix[1:]} file that can be read ({reason}).") from error
+    return _documents_of(source, dataset, _column(source, dataset, column, "FILE:COLUMN"))
+
+
+def _parquet_table(path: Path) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_table(path)
+
+
+def _csv_table(path: Path) -> Any:
+    from pyarrow import csv as tables
+
+    return tables.read_csv(path, parse_options=tables.ParseOptions(newlines_in_values=True))
+
+
+TABLES = {".parquet": _parquet_table, ".csv": _csv_table}
+
+
+def _documents_of(source: str, dataset: Any, column: str) -> Sequence[Document]:
     if is_conversation(dataset.features[column]):
         rows = enumerate(dataset[column])
         return [read_conversation(messages, f"text={source!r}: row {number}") for number, messages in rows]
@@ -160,7 +194,7 @@ def _load_dataset(name: str, config: str | None, split: str | None) -> Any:
     return load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
 
 
-def _column(source: str, dataset: Any, column: str | None) -> str:
+def _column(source: str, dataset: Any, column: str | None, naming: str) -> str:
     features = dataset.features
     strings = [name for name, kind in features.items() if getattr(kind, "dtype", None) in STRING_DTYPES]
     known = strings + [name for name, kind in features.items() if is_conversation(kind)]
@@ -169,8 +203,7 @@ def _column(source: str, dataset: Any, column: str | None) -> str:
         return (usual or strings)[0]
     if column is None or column not in known:
         raise ValueError(
-            f"text={source!r}: column {column!r} is not one of its columns of text {known}; name one as "
-            "NAME:CONFIG:SPLIT:COLUMN."
+            f"text={source!r}: column {column!r} is not one of its columns of text {known}; name one as {naming}."
         )
     return column
 

@@ -262,3 +262,10 @@ def test_tensors_that_are_not_those_of_the_configuration_are_named():
         change(tensors)
         with pytest.raises(ValueError, match=message):
             Block(2, block.layer, tensors)
+
+
+def test_messages_name_the_layer_of_the_source():
+    block = fresh_block()
+    assert block.path("q_proj") == "model.layers.2.self_attn.q_proj"
+    moved = Block(2, block.layer, block.tensors, origin=5)
+    assert (moved.index, moved.path("down_proj")) == (2, "model.layers.5.mlp.down_proj")

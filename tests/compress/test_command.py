@@ -21,6 +21,15 @@ STAGES = [
     {"sparsify": {"sparsity": 0.5, "exclude": ["o_proj"]}},
     {"quantize": {"bits": 8, "group_size": 16, "layers": [0, 2]}},
 ]
+SHAPES = {
+    "q_proj": (32, 32),
+    "k_proj": (16, 32),
+    "v_proj": (16, 32),
+    "o_proj": (32, 32),
+    "gate_proj": (64, 32),
+    "up_proj": (64, 32),
+    "down_proj": (32, 64),
+}
 
 
 @pytest.fixture
@@ -113,6 +122,24 @@ def test_what_is_decided_over_all_layers_is_planned_as_about(tiny, recipe, capfd
     plan = json.loads(run(capfd, *arguments, "--json")[1])
     assert [stage["estimated"] for stage in plan["stages"]] == [False, True, True]
     assert plan["sweeps"] == 3  # prune_ffn, a survey, then both others
+
+
+def test_the_plan_of_a_decision_assumes_the_shapes_that_follow_from_its_settings(tiny, recipe, capfd, known_rate):
+    stages = [{"drop_layers": {"count": 3, "unit": "sublayer"}}, {"factorize": {"energy": 0.5, "align": 4}}]
+    plan = json.loads(run(capfd, tiny, "--recipe", recipe(*stages), "--dry-run", "--json")[1])
+    attention, mlp = 2 * 32 * 32 + 2 * 32 * 16 + 32, 3 * 32 * 64 + 32
+    assert plan["stages"][0]["parameters"] == plan["parameters"] - 2 * mlp - attention
+    (variant, *_) = [entry for entry in plan["stages"][1]["result"] if entry["layers"] == [0]]
+    assert variant["assumed"] == "ratio 0.2"
+    stored = sum(rank * sum(SHAPES[name]) for name, rank in variant["ranks"].items())
+    assert variant["ratio_reached"] == pytest.approx(1 - stored / sum(map(math.prod, SHAPES.values())))
+    out = run(capfd, tiny, "--recipe", recipe(*stages), "--dry-run")[1]
+    assert "expected: layers 0: ; layers 1: skipped ['mlp']; layers 2: skipped ['attention', 'mlp']" in out
+
+
+def test_the_bar_shows_the_loss_of_the_last_block(tiny, recipe, tmp_path, capfd):
+    cli.main(["compress", str(tiny), "--recipe", recipe(STAGES[1]), "--output", str(tmp_path / "out")])
+    assert "3/3" in (err := capfd.readouterr().err) and "sparsify loss " in err
 
 
 @pytest.mark.parametrize("fast", [True, False])

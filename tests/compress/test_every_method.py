@@ -65,6 +65,7 @@ RUNS = {
         {"sparsity": 0.5, "method": "sparsegpt"},
         {"sparsity": 0.5, "method": "admm"},
         {"sparsity": 0.5, "method": "wanda", "allocation": "owl"},
+        {"sparsity": 0.5, "method": "wanda", "allocation": "searched"},
         {"pattern": "2:4", "method": "wanda", "update": "sparsegpt"},
         {"pattern": "2:4", "method": "sparsegpt", "update": "least_squares"},
         {"pattern": "2:4", "method": "admm"},

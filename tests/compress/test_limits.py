@@ -26,6 +26,32 @@ from .test_pipeline import IDS, recipe_for
             "factorize: q_proj: align=16: no rank .* of a 32 x 32 linear, break-even is 15; lower align or exclude",
         ),
         ({}, {"sparsify": {"pattern": "3:4", "sparsity": 0.5, "method": "magnitude"}}, "pattern='3:4'"),
+        (
+            {},
+            {"sparsify": {"sparsity": 0.02, "method": "magnitude"}},
+            "sparsify: sparsity=0.02: q_proj would take 4096 bytes, dense it takes 4096: .* remove more than 0.03125",
+        ),
+        (
+            {},
+            {"sparsify": {"pattern": "63:64", "include": ["down_proj"]}},
+            "sparsify: pattern='63:64': down_proj would take 8320 bytes, dense it takes 8192: a mask costs one bit",
+        ),
+        (
+            {},
+            {"sparsify": {"sparsity": 0.1, "span": 0.08, "allocation": "owl"}},
+            "sparsify: sparsity=0.02: q_proj would take 4096 bytes",
+        ),
+        (
+            {},
+            {"sparsify": {"pattern": "2:64"}},
+            "sparsify: pattern='2:64': q_proj has 32 columns, fewer than a group; take smaller groups, or exclude it",
+        ),
+        ({}, {"sparsify": {"sparsity": 0.5, "span": 0.1}}, "span=0.1: allocation='uniform' knows none; leave it out"),
+        (
+            {},
+            {"factorize": {"energy": 0.9999, "align": 4, "method": "svd"}},
+            "factorize: energy=0.9999: no linear keeps so much at a rank that saves parameters; lower it",
+        ),
         ({}, {"quantize": {"bits": 8, "include": ["fc1"]}}, "'fc1' matches no linear; those of this model are"),
     ],
 )

@@ -184,6 +184,7 @@ def test_config_stands_for_a_recipe(settings, stage):
         ({**NEURONS, "pruning_type": "admm"}, "pruning_type='admm': pattern='neurons' knows .*'flap'"),
         ({**NEURONS, "op_names": ["up_proj"]}, "op_names=.*: neurons are removed from all linears"),
         ({**WEIGHTS, "op_names": "q_proj"}, "op_names='q_proj': must be a list"),
+        ({**WEIGHTS, "op_names": []}, r"op_names=\[\]: leaves no linear to work on; leave it out for all"),
         ({**WEIGHTS, "align": 16}, "align=16: goes with pattern='neurons' alone"),
         ({**WEIGHTS, "start_step": 0}, r"\['start_step'\] are of pruning while training; .*GradualPruning"),
         ({"target_sparsity": 0.5, "pruning_type": "wanda"}, "calibration.source=null: sparsify looks at activations"),

@@ -133,11 +133,11 @@ def test_an_interrupted_run_goes_on(tmp_path, tiny, text, lost, again):
         """A run that is killed when it has written block `last`, and still has the states before it."""
         load, write = sweep.load_block, sweep.write_json
 
-        def load_block(source, index):
+        def load_block(source, index, origin):
             if processes.is_first():
                 with log.open("a") as file:
                     file.write(f"{index} ")
-            return load(source, index)
+            return load(source, index, origin)
 
         def write_json(path, content):
             write(path, content)

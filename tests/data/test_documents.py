@@ -32,6 +32,24 @@ def test_json_lines(tmp_path):
         load_documents(path)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "csv"])
+def test_a_table_of_one_file(tmp_path, ending):
+    path = tmp_path / f"text.{ending}"
+    table = Dataset.from_dict({"text": ["one\ntwo", "three, four"], "title": ["a", "b"], "id": [1, 2]})
+    getattr(table, f"to_{ending}")(str(path))
+    assert load_documents(path) == ["one\ntwo", "three, four"]
+    assert load_documents(f"{path}:title") == ["a", "b"]
+    with pytest.raises(ValueError, match=r"column 'id' is not one of .*\['text', 'title'\]; name one as FILE:COLUMN"):
+        load_documents(f"{path}:id")
+
+
+def test_a_table_that_is_none_is_named(tmp_path):
+    (tmp_path / "text.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match=r"text.parquet': is no parquet file that can be read \(") as error:
+        load_documents(tmp_path / "text.parquet")
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_of_text_files_in_the_order_of_their_names(tmp_path):
     for name, text in (("b.txt", "two\n\n\nstill two"), ("a.txt", "one"), ("c.md", "not text")):
         (tmp_path / name).write_text(text)
@@ -91,7 +109,7 @@ def test_unknown_sources_name_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="`datasets` cannot load it .*check NAME:CONFIG:SPLIT"):
         load_documents(f"{tmp_path}/missing:config:split")
     (tmp_path / "text.pdf").write_bytes(b"%PDF")
-    with pytest.raises(ValueError, match="ends in .txt or .jsonl"):
+    with pytest.raises(ValueError, match="ends in .txt, .jsonl, .parquet or .csv"):
         load_documents(tmp_path / "text.pdf")
 
 

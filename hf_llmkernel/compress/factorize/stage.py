@@ -3,6 +3,7 @@
 `svd` takes the nearest matrix of a rank, `svd_llm` the one whose outputs on calibration data are nearest.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 METHODS = ("svd_llm", "svd")
 ALLOCATIONS = ("uniform", "global")
+ASSUMED_RATIO = 0.2  # of a plan by energy
 
 
 @register("factorize")
@@ -87,8 +89,14 @@ class Factorize(MatrixStage):
         keys = [(index, leaf) for index, spectra in enumerate(found) if self.covers(index) for leaf in spectra]
         spectra = [torch.tensor(found[index][leaf], dtype=torch.float64) for index, leaf in keys]
         shapes = [matrix_shape(survey.layers[index], leaf) for index, leaf in keys]
+        ranks = self._ranks(spectra, shapes)
+        if not any(ranks):
+            raise ValueError(
+                f"factorize: energy={self.energy}: no linear keeps so much at a rank that saves parameters; lower it, "
+                "or leave the stage out."
+            )
         targets: list[dict[str, int | None]] = [{} for _ in found]
-        for (index, leaf), rank in zip(keys, self._ranks(spectra, shapes), strict=True):
+        for (index, leaf), rank in zip(keys, ranks, strict=True):
             targets[index][leaf] = rank
         return {"targets": targets}
 
@@ -107,7 +115,8 @@ class Factorize(MatrixStage):
         return allocate_ranks(relative, shapes, round(total * (1 - (self.ratio or 0))), self.align)
 
     def plan(self, layer: LLMKernelConfig, target: dict[str, int | None] | None = None) -> dict[str, Any]:
-        ranks = {}
+        """Without a target, an energy is planned as a ratio of 0.2: spectra are not known then."""
+        ranks: dict[str, int | None] = {}
         for leaf in self.chosen(present_linears(layer)):
             if not matrix_form(layer, leaf).is_dense:
                 refuse_form("factorize", layer, leaf, "only dense linears can be: exclude it, or factorize first.")
@@ -115,13 +124,14 @@ class Factorize(MatrixStage):
             ranks[leaf] = rank
             if rank is not None:
                 set_form(layer, leaf, LinearForm(rank=rank))
-        return {"ranks": ranks}
+        assumed = {"assumed": f"ratio {ASSUMED_RATIO}"} if self.energy is not None and target is None else {}
+        return {"ranks": ranks, "ratio_reached": _share_saved(layer, ranks), **assumed}
 
     def _rank(self, layer: LLMKernelConfig, leaf: str, target: dict[str, int | None] | None) -> int | None:
         if target is not None:
             return target.get(leaf)
         try:
-            return rank_for_ratio(*matrix_shape(layer, leaf), self.ratio or 0.2, self.align)
+            return rank_for_ratio(*matrix_shape(layer, leaf), self.ratio or ASSUMED_RATIO, self.align)
         except ValueError as error:
             raise ValueError(f"factorize: {leaf}: {error}") from None
 
@@ -139,3 +149,11 @@ class Factorize(MatrixStage):
             factors, loss = svd_llm(weight, components, rank)
             block.note(stage=self.name, matrix=name, loss=loss / max(float(components.energies.sum()), 1e-30))
         block.factorize(name, *factors)
+
+
+def _share_saved(layer: LLMKernelConfig, ranks: dict[str, int | None]) -> float:
+    """The share of these linears' parameters that their ranks save."""
+    shapes = {leaf: layer.linear_shapes()[leaf] for leaf in ranks}
+    dense = sum(rows * columns for rows, columns in shapes.values())
+    kept = sum((rank * sum(shapes[leaf])) if rank else math.prod(shapes[leaf]) for leaf, rank in ranks.items())
+    return 1 - kept / dense if dense else 0.0

@@ -91,6 +91,13 @@ class DropLayers(Stage):
             return decision["kept"]
         return list(range(count - self.count if self.unit == "layer" else count))
 
+    def assume(self, layers: list[LLMKernelConfig]) -> list[Any]:
+        """The last of what may go: which of them it will be takes a look at the activations, their number does not."""
+        if self.unit == "layer":
+            return super().assume(layers)
+        last = self.candidates([layer.skip or [] for layer in layers])[-self.count :]
+        return [[part for index, part in last if index == layer] for layer in range(len(layers))]
+
     def plan(self, layer: LLMKernelConfig, target: list[str] | None = None) -> dict[str, Any]:
         for sublayer in target or []:
             skip_sublayer(layer, sublayer)

@@ -224,7 +224,7 @@ class GradualPruning(TrainerCallback):
         try:
             self.target_sparsity = check_sparsity(target_sparsity, pattern)
         except ValueError as error:
-            raise ValueError(f"target_{error}") from None
+            raise ValueError(f"target_{error}".replace("leave sparsity out", "leave target_sparsity out")) from None
         self.start_step, self.end_step, self.pruning_frequency = start_step, end_step, pruning_frequency
         self.initial_sparsity, self.sparsity_decay_type = initial_sparsity, sparsity_decay_type
         self.pattern, self.pruning_scope = pattern, pruning_scope

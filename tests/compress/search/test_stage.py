@@ -76,6 +76,29 @@ def test_layers_are_what_a_recipe_that_names_them_makes(tmp_path, tiny, text, mo
     assert (tmp_path / "out" / "config.json").read_text() == (tmp_path / "plain" / "config.json").read_text()
 
 
+def test_a_searched_sparsity_is_the_mix_that_loses_least_at_the_bytes_of_one(tmp_path, tiny, text, monkeypatch):
+    given = {"calibration": {"source": str(text), "samples": 12, "length": 48}}
+    searched = {"sparsify": {"sparsity": 0.5, "allocation": "searched", "layers": [0, 2]}}
+    losses = [[0, 1, 2, 3, 3.1, 3.2, 3.3], [0, 1, 2, 3, 6, 12, 24]]
+    rows = [{"layer": layer, "losses": own, "standard_errors": own} for layer, own in enumerate(losses)]
+    monkeypatch.setattr(searching, "loss_table", lambda *given: rows)
+    result = compress(tiny, {**given, "stages": [searched]}, tmp_path / "out", progress=False)
+    decision = result.stages[0]["decision"]
+    assert decision["targets"] == [6, 0, None]
+    assert [entry["sparsity"] for entry in result.stages[0]["result"]] == [0.8, 0.2]
+    assert decision["choices"][0] == "sparsify sparsity=0.2" and decision["front"] and decision["table"] == [
+        {**row, "costs": own["costs"]} for row, own in zip(rows, decision["table"], strict=True)
+    ]
+    uniform = {"sparsify": {"sparsity": 0.5, "layers": [0, 2]}}
+    compress(tiny, {**given, "stages": [uniform]}, tmp_path / "uniform", progress=False)
+    assert sum(block_bytes(tmp_path / "out")[:2]) <= decision["budget"] == sum(block_bytes(tmp_path / "uniform")[:2])
+    each = [{"sparsify": {"sparsity": share, "layers": [layer, layer + 1]}} for layer, share in ((0, 0.8), (1, 0.2))]
+    compress(tiny, {**given, "stages": each}, tmp_path / "each", progress=False)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "each"))
+    assert first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert (tmp_path / "out" / "front.png").is_file()
+
+
 def test_reloads_with_the_front_beside_it(tmp_path, tiny, text):
     behind = {"quantize": {"bits": 4, "group_size": 16, "layers": [0, 2], "include": ["q_proj"]}}
     choices = [[], [{"factorize": {"ratio": 0.3, "align": 1, "exclude": ["q_proj"]}}]]

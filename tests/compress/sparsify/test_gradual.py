@@ -137,7 +137,7 @@ def test_weights_go_at_the_steps_of_the_frequency_and_at_the_last():
     [
         ({"target_sparsity": 1.0}, "target_sparsity=1.0: must be above 0 and below 1"),
         ({}, "target_sparsity=None"),
-        ({"target_sparsity": 0.6, "pattern": "2:4"}, "target_sparsity=0.6: pattern='2:4' removes 0.5"),
+        ({"target_sparsity": 0.6, "pattern": "2:4"}, "target_sparsity=0.6: .* removes 0.5; leave target_sparsity out"),
         ({"target_sparsity": 0.5, "pattern": "4x1"}, "pattern='4x1': must be 'unstructured' or 'N:M'"),
         ({"target_sparsity": 0.5, "start_step": 11}, "end_step=10: must be an integer of at least 11"),
         ({"target_sparsity": 0.5, "pruning_frequency": 0}, "pruning_frequency=0"),

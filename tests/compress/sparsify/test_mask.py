@@ -42,7 +42,7 @@ def test_a_layer_keeps_its_highest(shape, sparsity, ties):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "4:8", "1:2", "5:7"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "4:8", "1:2", "5:7", "4:17", "9:18"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_group_keeps_its_highest(shape, pattern, ties):
     kept, group = map(int, pattern.split(":"))
