@@ -48,7 +48,7 @@ def test_integers_are_the_twins(level, name, shape):
     form, stored, dense = packed(rows, columns, **FORMS[name])
     layout = packed_layout(stored, form, rows, columns)
     bias = torch.randn(rows)
-    for m in (1, 2, 3, 8, 13):
+    for m in (1, 2, 3, 8, 13, 16, 70, 131):
         x = torch.randn(m, columns)
         y = torch.ops.llmkernel.linear(x, layout.data, layout.description, bias)
         twin = twins.linear(x, dense, form.bits, form.group_size, bias)

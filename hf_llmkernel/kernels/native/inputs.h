@@ -101,7 +101,7 @@ class InputSet {
         const float* x = floats_ + row * stride_;
         const int64_t at = row * inputs.padded;
         if (groups_[i] == kWords) return kernels().to_bf16(x, columns_, inputs.padded, const_cast<uint16_t*>(inputs.bf16) + at);
-        kernels().quantize(x, columns_, groups_[i], const_cast<int8_t*>(inputs.codes) + at,
+        kernels().quantize(x, columns_, groups_[i], 1, const_cast<int8_t*>(inputs.codes) + at,
                            const_cast<float*>(inputs.scales) + at / kSegment, const_cast<int32_t*>(inputs.sums) + at / kSegment);
     }
 

@@ -17,6 +17,16 @@ struct Inputs {
     int64_t padded = 0;
 };
 
+constexpr int64_t kTile = 128;  // rows of activations of which a part and the sums stay in the first-level cache
+
+// Rows of activations for products of many: a tile of them, 32 columns of all rows before the next 32.
+struct Tile {
+    int64_t rows = 0;                // up to kTile, which all parts have room for
+    const int8_t* codes = nullptr;   // [padded / 32, kTile, 32]
+    const float* scales = nullptr;   // [padded / 32, kTile]
+    const int32_t* sums = nullptr;   // the same
+};
+
 // Queries of the heads that share one head of keys and values, over a run of cached tokens.
 struct Attention {
     const float* queries;  // [heads, head_dim], scaled
@@ -36,12 +46,15 @@ struct Attention {
 struct Kernels {
     const char* name;
     bool expands;  // whether sparse layouts are understood
-    // One row [columns] into codes, scales and sums, every group of columns padded to a multiple of 32 (0: none is).
-    void (*quantize)(const float* x, int64_t columns, int64_t group, int8_t* codes, float* scales, int32_t* sums);
+    // One row [columns] into codes, scales and sums, every group of columns padded to a multiple of 32 (0: none is); from
+    // one segment to the next there are `step` entries.
+    void (*quantize)(const float* x, int64_t columns, int64_t group, int64_t step, int8_t* codes, float* scales, int32_t* sums);
     void (*to_bf16)(const float* x, int64_t columns, int64_t padded, uint16_t* y);
     void (*to_floats)(const uint16_t* x, int64_t columns, float* y);
     // out[m * stride + row] for the rows of some blocks of 16; rows of the first block begin at out[0].
     void (*multiply)(const llmk_matrix& w, const Inputs& x, int64_t first_block, int64_t end_block, float* out, int64_t stride);
+    // The same for a tile of rows and integer matrices.
+    void (*multiply_tile)(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride);
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* y);
     void (*add)(const float* x, const float* bias, int64_t columns, float* y);  // y += x (+ bias)
     void (*activate)(int32_t activation, const float* gate, const float* up, int64_t columns, float* y);

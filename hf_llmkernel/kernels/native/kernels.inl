@@ -24,12 +24,12 @@ inline void quantize_segment(const float* x, int64_t columns, int8_t* codes, flo
     *sum = static_cast<int32_t>(f_sum(f_add(first, second)));
 }
 
-void quantize(const float* x, int64_t columns, int64_t group, int8_t* codes, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t group, int64_t step, int8_t* codes, float* scales, int32_t* sums) {
     if (group == 0) group = columns;
     for (int64_t begin = 0; begin < columns; begin += group) {
         const int64_t end = smaller(begin + group, columns);
-        for (int64_t column = begin; column < end; column += kSegment, codes += kSegment)
-            quantize_segment(x + column, smaller(kSegment, end - column), codes, scales++, sums++);
+        for (int64_t column = begin; column < end; column += kSegment, codes += step * kSegment, scales += step, sums += step)
+            quantize_segment(x + column, smaller(kSegment, end - column), codes, scales, sums);
     }
 }
 
@@ -265,6 +265,8 @@ void multiply(const llmk_matrix& w, const Inputs& x, int64_t first_block, int64_
         if (x.rows - m >= 1) tile<1>(w, block, x, m, out, stride);
     }
 }
+
+#include "gemm.inl"
 
 // ---- between the products ----
 

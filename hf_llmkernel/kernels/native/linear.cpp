@@ -1,8 +1,8 @@
 // One linear on its own: y = x Wᵀ + bias, of one matrix or a low-rank pair.
+#include <cstring>
 #include <exception>
 
-#include "inputs.h"
-#include "pool.h"
+#include "tiles.h"
 
 namespace llmk {
 namespace {
@@ -21,6 +21,10 @@ struct Call {
     void* y;
     int32_t y_type;
 };
+
+int64_t out_features(const Call& call) {
+    return call.linear.second.kind != LLMK_NONE ? call.linear.second.rows : call.linear.first.rows;
+}
 
 void fill_all(Team& team, InputSet& inputs, const float* x, int64_t columns, int64_t m) {
     const int64_t rows = larger(1, ceil_div(m, team.threads() * 4));
@@ -44,13 +48,13 @@ void multiply_all(Team& team, const llmk_matrix& w, const Inputs& x, float* y) {
 }
 
 void finish_row(const Call& call, const float* sums, int64_t row) {
-    const llmk_matrix& w = call.linear.second.kind != LLMK_NONE ? call.linear.second : call.linear.first;
-    float* y = const_cast<float*>(sums) + row * w.rows;
-    if (call.linear.bias != nullptr) kernels().add(call.linear.bias, nullptr, w.rows, y);
-    if (call.y_type == LLMK_TYPE_BF16) kernels().to_bf16(y, w.rows, w.rows, static_cast<uint16_t*>(call.y) + row * w.rows);
+    const int64_t outputs = out_features(call);
+    float* y = const_cast<float*>(sums) + row * outputs;
+    if (call.linear.bias != nullptr) kernels().add(call.linear.bias, nullptr, outputs, y);
+    if (call.y_type == LLMK_TYPE_BF16) kernels().to_bf16(y, outputs, outputs, static_cast<uint16_t*>(call.y) + row * outputs);
 }
 
-void apply(const Call& call, const void* x, int32_t x_type, int threads) {
+void apply_rows(const Call& call, const void* x, int32_t x_type, int threads) {
     static thread_local Arena arena;
     arena.clear();
     const llmk_matrix &first = call.linear.first, &second = call.linear.second;
@@ -71,6 +75,56 @@ void apply(const Call& call, const void* x, int32_t x_type, int threads) {
         }
         team.run(m, [] {}, [&](int64_t row) { finish_row(call, y, row); });
     });
+}
+
+// A part of y, in its type.
+void finish_part(const Call& call, const Part& part) {
+    const int64_t outputs = out_features(call);
+    for (int64_t i = 0; i < part.rows; ++i) {
+        float* sums = part.sums + i * part.stride;
+        if (call.linear.bias != nullptr) kernels().add(call.linear.bias + part.first_output, nullptr, part.outputs, sums);
+        const int64_t at = (part.first_row + i) * outputs + part.first_output;
+        if (call.y_type == LLMK_TYPE_BF16)
+            kernels().to_bf16(sums, part.outputs, part.outputs, static_cast<uint16_t*>(call.y) + at);
+        else
+            std::memcpy(static_cast<float*>(call.y) + at, sums, static_cast<size_t>(part.outputs) * sizeof(float));
+    }
+}
+
+void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
+    static thread_local Arena arena;
+    arena.clear();
+    const llmk_matrix &first = call.linear.first, &second = call.linear.second;
+    const bool low_rank = second.kind != LLMK_NONE;
+    const int64_t columns = first.columns;
+    TileSet outer(call.m, columns), inner(call.m, first.rows);
+    outer.add(arena, first);
+    if (low_rank) inner.add(arena, second);
+    float* middle = low_rank ? arena.take<float>(call.m * first.rows) : nullptr;
+    run_team(threads, 4, [&](Team& team) {
+        run_rows(team, call.m, [&](int64_t row) {
+            static thread_local Arena converted;
+            converted.clear();
+            const auto* begin = static_cast<const uint8_t*>(x) + row * columns * type_bytes(x_type);
+            outer.fill_row(row, as_floats(begin, x_type, columns, converted));
+        });
+        const auto finish = [&](const Part& part) { finish_part(call, part); };
+        if (!low_rank) return multiply_tiles(team, first, outer, finish);
+        multiply_tiles(team, first, outer, [&](const Part& part) {
+            for (int64_t i = 0; i < part.rows; ++i)
+                std::memcpy(middle + (part.first_row + i) * first.rows + part.first_output, part.sums + i * part.stride,
+                            static_cast<size_t>(part.outputs) * sizeof(float));
+        });
+        run_rows(team, call.m, [&](int64_t row) { inner.fill_row(row, middle + row * first.rows); });
+        multiply_tiles(team, second, inner, finish);
+    });
+}
+
+void apply(const Call& call, const void* x, int32_t x_type, int threads) {
+    const llmk_matrix &first = call.linear.first, &second = call.linear.second;
+    const bool integer = is_integer(first.kind) && (second.kind == LLMK_NONE || is_integer(second.kind));
+    if (integer && call.m >= kManyRows) apply_tiles(call, x, x_type, threads);
+    else apply_rows(call, x, x_type, threads);
 }
 
 }  // namespace
