@@ -575,6 +575,20 @@ BITSANDBYTES_SETTINGS = {
 }
 
 
+def refuse_fixed_integers(model: nn.Module):
+    """Raises `ValueError` where norms and floating linears would be trained around integers that cannot be."""
+    modules = dict(model.named_modules())
+    adapted = any(hasattr(module, "base_layer") for module in modules.values())
+    if adapted or not any(parameter.requires_grad for parameter in model.parameters()):
+        return
+    for name, module in modules.items():
+        if isinstance(module, PackedWeight) and module.form.bits < 16:
+            raise ValueError(
+                f"{name}: stores integers, which do not train, while the weights around it would; attach adapters "
+                "(peft), or freeze the body with `model.base_model.requires_grad_(False)` to train a head alone."
+            )
+
+
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The linears of a model that bitsandbytes quantizes, by name."""
     own = {name: module._parameters.get("weight") for name, module in model.named_modules()}
@@ -738,6 +752,8 @@ class LLMKernelModel(LLMKernelPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if self.training and kwargs.get("num_items_in_batch") is not None:  # `Trainer` gives it
+            refuse_fixed_integers(self)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)  # [B, T, H]
         if use_cache and past_key_values is None:
