@@ -93,8 +93,18 @@ def stage_name(stage: dict[str, Any]) -> str:
 def result_text(result: dict[str, Any]) -> str:
     """One variant of what a stage reached: `layers 0-29: neurons 1344, …`."""
     facts = [f"{key} {_value(value)}" for key, value in result.items() if key not in ("layers", "matrices", "each")]
+    facts += _own_facts(result.get("each", {}))
     names = result.get("matrices", [])
     return f"layers {ranges(result['layers'])}: {', '.join([*facts, ' '.join(names)] if names else facts)}"
+
+
+def _own_facts(each: dict[str, dict[str, Any]]) -> list[str]:
+    """What matrices of a layer do not share: `last_group_size 76 (q_proj k_proj)`."""
+    owners: dict[str, list[str]] = {}
+    for name, own in each.items():
+        for key, value in own.items():
+            owners.setdefault(f"{key} {_value(value)}", []).append(name)
+    return [f"{fact} ({' '.join(names)})" for fact, names in owners.items()]
 
 
 def ranges(numbers: list[int]) -> str:

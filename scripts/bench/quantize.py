@@ -13,6 +13,10 @@ INT4 = {"bits": 4, "group_size": 64}
 ZEROS = {**INT4, "symmetric": False}
 FLOATING_ZEROS = {**ZEROS, "zero_point_dtype": "float16"}
 BEST = {"method": "coordinate_descent"}
+FOURTH = {"quantize": {**FLOATING_ZEROS, "method": "gptq"}}
+# No linear is left for these: the embedding alone.
+EMBEDDING_INT8 = {"quantize": {"bits": 8, "group_size": 64, "embeddings": True, "exclude": ["*"]}}
+EMBEDDING_INT4 = {"quantize": {**FLOATING_ZEROS, "group_size": 32, "method": "hqq", "embeddings": True, "exclude": ["*"]}}
 RECIPES: dict[str, list[Any]] = {
     "int8 g64, rtn": [{"quantize": {"bits": 8, "group_size": 64}}],
     "int4 g64, rtn": [{"quantize": INT4}],
@@ -31,6 +35,15 @@ RECIPES: dict[str, list[Any]] = {
     "int4 g64 + fp16 zeros, AWQ, GPTQ": [{"quantize": {**FLOATING_ZEROS, "method": "gptq", "fold": "awq"}}],
     "int4 g64 + fp16 zeros, AWQ, coordinate descent": [{"quantize": {**FLOATING_ZEROS, **BEST, "fold": "awq"}}],
     "int4 g64 + fp16 zeros, coordinate descent, refit": ["refit", {"quantize": {**FLOATING_ZEROS, **BEST}}],
+    # Whole models near a quarter of the bf16 bytes: the embedding is a fifth of the parameters.
+    "int4 g64 + fp16 zeros, GPTQ, embedding int8": [FOURTH, EMBEDDING_INT8],
+    "int4 g64 + fp16 zeros, GPTQ, embedding int4": [FOURTH, EMBEDDING_INT4],
+    "FFN -12.5 %, refit, int4 GPTQ, embedding int4": [
+        {"prune_ffn": {"ratio": 0.125}}, "refit", FOURTH, EMBEDDING_INT4
+    ],
+    "FFN -25 % global, refit, int4 GPTQ, embedding int4": [
+        {"prune_ffn": {"ratio": 0.25, "method": "flap", "allocation": "global"}}, "refit", FOURTH, EMBEDDING_INT4
+    ],
     "2:4": [{"sparsify": {"pattern": "2:4"}}],
     "2:4 + int4 g64": [{"sparsify": {"pattern": "2:4"}}, {"quantize": {**INT4, **BEST}}],
     "50 % + int8 g64": [{"sparsify": {"sparsity": 0.5}}, {"quantize": {"bits": 8, "group_size": 64}}],

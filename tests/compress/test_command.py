@@ -225,3 +225,6 @@ def test_results_in_words():
     assert ranges([0, 1, 2, 4, 7, 8]) == "0-2, 4, 7-8"
     result = {"rank": 8, "loss": 0.123456, "sizes": {"a": 1}, "matrices": ["q_proj", "o_proj"], "layers": [0, 2]}
     assert result_text(result) == "layers 0, 2: rank 8, loss 0.1235, sizes a:1, q_proj o_proj"
+    each = {"q_proj": {"last_group_size": 8}, "k_proj": {"last_group_size": 8}, "o_proj": {"last_group_size": 4}}
+    text = result_text({"each": each, "layers": [0]})
+    assert text == "layers 0: last_group_size 8 (q_proj k_proj), last_group_size 4 (o_proj)"
