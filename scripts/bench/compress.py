@@ -43,10 +43,16 @@ RECIPES: dict[str, list[Any]] = {
     "FFN -25 %, FLAP, bias": [{"prune_ffn": {"ratio": 0.25, "method": "flap", "update": "bias"}}],
     "FFN -25 %, FLAP, no update": [{"prune_ffn": {"ratio": 0.25, "method": "flap", "update": "none"}}],
     "FFN -25 %, FLAP, global": [{"prune_ffn": {"ratio": 0.25, "method": "flap", "allocation": "global"}}],
+    "FFN -25 %, Wanda, global": [{"prune_ffn": {"ratio": 0.25, "method": "wanda", "allocation": "global"}}],
+    "FFN -25 %, FLAP, global, refit": [
+        {"prune_ffn": {"ratio": 0.25, "method": "flap", "allocation": "global"}}, "refit"
+    ],
     "FFN -25 %, Minitron": [{"prune_ffn": {"ratio": 0.25, "method": "minitron"}}],
     "FFN -25 %, magnitude": [{"prune_ffn": {"ratio": 0.25, "method": "magnitude"}}],
     "heads -33 %, FLAP": [{"prune_heads": {"ratio": 0.33, "method": "flap"}}],
     "heads -33 %, OBS": [{"prune_heads": {"ratio": 0.33, "method": "obs"}}],
+    "hidden -11 %, PCA": [{"prune_hidden": {"ratio": 0.11}}],
+    "hidden -11 %, Minitron": [{"prune_hidden": {"ratio": 0.11, "method": "minitron"}}],
     "3 layers, block influence": [{"drop_layers": {"count": 3, "metric": "block_influence"}}],
     "3 layers, perplexity": [{"drop_layers": {"count": 3, "metric": "perplexity"}}],
     "6 sublayers, perplexity": [{"drop_layers": {"count": 6, "unit": "sublayer"}}],
