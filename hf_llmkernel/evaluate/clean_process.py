@@ -3,11 +3,11 @@
 It imports only the standard library, torch and transformers: what it sees is what a user of plain
 `AutoModelForCausalLM` sees, and its memory is the model's and theirs.
 
-Reading order: the protocol -> libraries -> loading -> one round of measurements -> a sample -> memory.
+Reading order: the protocol -> libraries -> loading -> one measurement -> a sample -> memory.
 
-Protocol: the settings are the only argument, a JSON object. Each line on stdin is a command (`load`, `measure`, or
-`sample`), each answer one JSON line on stdout: what was asked for, or `{"error": ..., "type": ...}`. Whatever else is
-printed goes to stderr.
+Protocol: the settings are the only argument, a JSON object. Each line on stdin is a command (`load`, `measure` with a
+case as JSON, or `sample`), each answer one JSON line on stdout: what was asked for, or `{"error": ..., "type": ...}`.
+Whatever else is printed goes to stderr.
 """
 
 import json
@@ -28,11 +28,14 @@ def main() -> None:
     import_libraries()
     model = None
     for line in commands:
+        command, _, case = line.strip().partition(" ")
         try:
-            if line.strip() == "load":
+            if command == "load":
                 model, answer = load(settings)
+            elif command == "measure":
+                answer = measure(model, settings, json.loads(case))
             else:
-                answer = {"measure": measure, "sample": sample}[line.strip()](model, settings)
+                answer = sample(model, settings)
         except Exception as error:
             answer = {"error": str(error), "type": type(error).__name__}
         answers.write(json.dumps(answer) + "\n")
@@ -46,6 +49,7 @@ def import_libraries() -> None:
 
 
 def load(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model; seconds until it is there, and until it has made a first token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -55,55 +59,39 @@ def load(settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=getattr(torch, settings["dtype"]), trust_remote_code=settings["trust_remote_code"]
-    )
-    seconds = time.perf_counter() - start
-    return model.eval(), {"library_bytes": before, "loaded_bytes": resident_bytes(), "load_seconds": seconds}
-
-
-def measure(model: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """One round: prefill and decode, a calibration before, between and after. Seconds, and the peak so far."""
-    first = calibrate()
-    prefill = time_prefill(model, settings)
-    second = calibrate()
-    decode = time_decode(model, settings)
-    third = calibrate()
-    return {
-        "prefill_seconds": prefill,
-        "decode_seconds": decode,
-        "prefill_calibration": max(first, second),
-        "decode_calibration": max(second, third),
-        "peak_bytes": peak_bytes(),
+    ).eval()
+    loaded = time.perf_counter() - start
+    time_prefill(model, settings, {"tokens": settings["prompt_tokens"], "batch": 1})
+    return model, {
+        "library_bytes": before,
+        "load_seconds": loaded,
+        "first_token_seconds": time.perf_counter() - start,
     }
 
 
-def calibrate() -> float:
-    """Seconds of a fixed piece of work; more than it takes at other times shows that the machine is held back."""
+def measure(model: Any, settings: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a case (`kind`, `tokens`, `batch`), and the most memory so far."""
+    seconds = {"prefill": time_prefill, "decode": time_decode}[case["kind"]](model, settings, case)
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
+
+
+def time_prefill(model: Any, settings: dict[str, Any], case: dict[str, Any]) -> float:
+    """Seconds of the forward over `tokens` of each of `batch` prompts."""
     import torch
 
-    left, right = torch.ones(384, 384), torch.ones(384, 384)
-    torch.mm(left, right)  # wakes the threads
-    start = time.perf_counter()
-    for _ in range(12):
-        torch.mm(left, right)
-    return time.perf_counter() - start
-
-
-def time_prefill(model: Any, settings: dict[str, Any]) -> float:
-    import torch
-
-    ids = random_ids(model, settings["prefill_tokens"], settings["seed"])
+    ids = random_ids(model, case["batch"], case["tokens"], settings["seed"])
     with torch.inference_mode():
         start = time.perf_counter()
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
         return time.perf_counter() - start
 
 
-def time_decode(model: Any, settings: dict[str, Any]) -> float:
-    """Seconds from the first new token to the last one of `new_tokens`, in greedy `generate`."""
+def time_decode(model: Any, settings: dict[str, Any], case: dict[str, Any]) -> float:
+    """Seconds from the first new token to the last one of `tokens`, in greedy `generate` of `batch` sequences."""
     import torch
     from transformers import GenerationConfig
 
-    ids = random_ids(model, settings["prompt_tokens"], settings["seed"])
+    ids = random_ids(model, case["batch"], settings["prompt_tokens"], settings["seed"])
     clock = TokenClock()
     own = model.generation_config
     model.generation_config = GenerationConfig()  # without an end token: every run makes all tokens
@@ -112,15 +100,15 @@ def time_decode(model: Any, settings: dict[str, Any]) -> float:
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=GenerationConfig(
-                do_sample=False, max_new_tokens=settings["new_tokens"], pad_token_id=0, use_cache=True
+                do_sample=False, max_new_tokens=case["tokens"], pad_token_id=0, use_cache=True
             ),
             streamer=clock,
         )
     finally:
         model.generation_config = own
     made = clock.times[1:]  # the first entry is the prompt
-    if len(made) != settings["new_tokens"]:
-        raise ValueError(f"generate made {len(made)} of {settings['new_tokens']} tokens; its loop is not a plain one.")
+    if len(made) != case["tokens"]:
+        raise ValueError(f"generate made {len(made)} of {case['tokens']} tokens; its loop is not a plain one.")
     return made[-1] - made[0]
 
 
@@ -137,11 +125,11 @@ class TokenClock:
         pass
 
 
-def random_ids(model: Any, length: int, seed: int) -> Any:
+def random_ids(model: Any, batch: int, length: int, seed: int) -> Any:
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
 
 
 def sample(model: Any, settings: dict[str, Any]) -> dict[str, Any]:

@@ -313,13 +313,14 @@ def fit_settings(settings: SpeedSettings, longest: int) -> SpeedSettings:
 
 def _with_speed(report: Report, speed: Speed, settings: SpeedSettings) -> Report:
     reasons = {**report.reasons, **({} if speed.sample_reason is None else {"sample": speed.sample_reason})}
+    prefill, decode = speed.rate(settings.prefill), speed.rate(settings.decode)
     return replace(
         report,
         dtype=speed.dtype,
-        decode_tokens_per_second=speed.decode.median,
-        decode_spread=asdict(speed.decode),
-        prefill_tokens_per_second=speed.prefill.median,
-        prefill_spread=asdict(speed.prefill),
+        decode_tokens_per_second=decode.median,
+        decode_spread=asdict(decode),
+        prefill_tokens_per_second=prefill.median,
+        prefill_spread=asdict(prefill),
         peak_memory_bytes=speed.peak_memory_bytes,
         library_memory_bytes=speed.library_memory_bytes,
         load_seconds=speed.load_seconds,

@@ -1,8 +1,8 @@
 """Speed and memory of models, each in a clean process of its own, their rounds interleaved.
 
-Reading order: the dtype to compute in -> rounds over all models -> the samples that count -> figures of each.
-Machines are shared and held back at times. So models that are to be compared take turns, a calibration runs beside each
-sample, a sample beside a slow calibration is measured again, and spreads are reported.
+Reading order: what is measured -> the dtype to compute in -> rounds over all models -> the samples that count.
+Machines are shared and held back at times. So models that are to be compared take turns, a calibration runs before and
+after each sample, a sample beside a slow calibration is measured again, and spreads are reported.
 """
 
 import json
@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,28 @@ import torch
 from tqdm import tqdm
 
 from . import clean_process
+from .ceilings import Calibration, Pace, best_pace
 from .command import PROMPT
 from .inventory import inspect
 from .machine import available_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
-STEADY = 1.3  # a calibration this many times slower than the fastest marks its sample as held back
+STEADY = 0.75  # of the best pace: a calibration below it marks the sample beside it as held back
 EXTRA_ROUNDS = 2
-KINDS = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: a `prefill` of `tokens` at once, or a `decode` of `tokens` one by one, of `batch` sequences."""
+
+    kind: str
+    tokens: int
+    batch: int = 1
+
+    @property
+    def counted(self) -> int:
+        """Tokens within the time taken: a decode is timed from its first token to its last."""
+        return self.batch * (self.tokens - 1 if self.kind == "decode" else self.tokens)
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,22 @@ class SpeedSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}.")
 
+    @property
+    def prefill(self) -> Case:
+        return Case("prefill", self.prefill_tokens)
+
+    @property
+    def decode(self) -> Case:
+        return Case("decode", self.new_tokens)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of a case, and the slower of the paces before and after it."""
+
+    seconds: float
+    pace: Pace
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -75,22 +105,29 @@ class Speed:
 
     Args:
         dtype: of the computation.
-        prefill, decode: tokens a second.
-        peak_memory_bytes: most resident memory of a process that loads the model, prefills and decodes.
+        samples: of every case, in the order of the rounds.
+        best: the best pace of the machine while all models were measured.
+        peak_memory_bytes: most resident memory of a process that loads the model and runs all cases.
         library_memory_bytes: resident memory of that process before it loaded the model.
         load_seconds: of `from_pretrained`.
+        first_token_seconds: of `from_pretrained` and the first forward, which lays out what the model computes with.
         sample: `prompt`, `text` and whether it was a `chat` turn; `None` where none was asked for or could be made.
         sample_reason: why there is no sample.
     """
 
     dtype: str
-    prefill: Rate
-    decode: Rate
+    samples: dict[Case, list[Sample]]
+    best: Pace
     peak_memory_bytes: int
     library_memory_bytes: int
     load_seconds: float
+    first_token_seconds: float
     sample: dict[str, Any] | None
     sample_reason: str | None
+
+    def rate(self, case: Case) -> Rate:
+        """Tokens a second of a case."""
+        return _rate(case, self.samples[case], self.best)
 
 
 def choose_dtype(dtype: str = "auto", repeats: int = 5) -> str:
@@ -131,6 +168,7 @@ def measure_speed(
     settings: SpeedSettings | None = None,
     names: Sequence[str] | None = None,
     progress: bool = True,
+    cases: Sequence[Case] | None = None,
 ) -> list[Speed]:
     """Measures several models in turns, each in its own clean process; where memory is short, one after the other.
 
@@ -140,6 +178,7 @@ def measure_speed(
         settings: see `SpeedSettings`.
         names: of the models, for the bar and for messages; by default their folders'.
         progress: whether to draw a bar on stderr.
+        cases: to be timed; by default prefill and decode as the settings have them.
 
     Raises:
         ValueError: a model does not load or generate.
@@ -147,11 +186,12 @@ def measure_speed(
     """
     settings = settings or SpeedSettings()
     dtype = choose_dtype(dtype)
+    cases = list(cases or (settings.prefill, settings.decode))
     named = list(zip(models, names or [Path(model).name for model in models], strict=True))
     groups = [named] if _fit_together(models, dtype) else [[pair] for pair in named]
-    steps = len(models) * (2 + settings.repeats + bool(settings.sample_tokens))
+    steps = len(models) * (1 + (1 + settings.repeats) * len(cases) + bool(settings.sample_tokens))
     with tqdm(total=steps, desc=f"speed ({dtype})", unit="step", disable=not progress) as bar:
-        return [speed for group in groups for speed in _measure_group(group, dtype, settings, bar)]
+        return [speed for group in groups for speed in _measure_group(group, dtype, settings, cases, bar)]
 
 
 def _fit_together(models: Sequence[str | Path], dtype: str) -> bool:
@@ -161,55 +201,97 @@ def _fit_together(models: Sequence[str | Path], dtype: str) -> bool:
 
 
 def _measure_group(
-    named: list[tuple[str | Path, str]], dtype: str, settings: SpeedSettings, bar: tqdm
+    named: list[tuple[str | Path, str]], dtype: str, settings: SpeedSettings, cases: list[Case], bar: tqdm
 ) -> list[Speed]:
     with ExitStack() as stack:
         processes = [stack.enter_context(CleanProcess(model, dtype, settings, name)) for model, name in named]
         loads = [_ask(process, "load", bar) for process in processes]
         for process in processes:
-            _ask(process, "measure", bar)  # a warm-up
-        rounds = _measure_rounds(processes, settings, bar)
-        samples = [_sample(process, bar) if settings.sample_tokens else (None, None) for process in processes]
+            for case in cases:  # a warm-up
+                _ask(process, _measure_command(case), bar)
+        rounds = Rounds(processes, cases, settings.threads)
+        rounds.run(settings, bar)
+        texts = [_sample(process, bar) if settings.sample_tokens else (None, None) for process in processes]
     return [
-        _summarize(process, load, [turn[index] for turn in rounds], _fastest(rounds), samples[index])
-        for index, (process, load) in enumerate(zip(processes, loads, strict=True))
+        Speed(
+            dtype,
+            {case: rounds.samples[case][index] for case in cases},
+            best_pace(rounds.paces),
+            rounds.peaks[index],
+            load["library_bytes"],
+            load["load_seconds"],
+            load["first_token_seconds"],
+            *texts[index],
+        )
+        for index, load in enumerate(loads)
     ]
 
 
-def _measure_rounds(processes: "list[CleanProcess]", settings: SpeedSettings, bar: tqdm) -> list[list[dict]]:
-    """Answers of all models, round by round."""
-    start = time.monotonic()
-    rounds: list[list[dict]] = []
-    while len(rounds) < settings.repeats + EXTRA_ROUNDS and not _is_steady(rounds, settings.repeats):
-        if rounds and time.monotonic() - start > settings.budget_seconds:
-            break
-        if len(rounds) >= settings.repeats:
-            bar.total += len(processes)
-        rounds.append([_ask(process, "measure", bar) for process in processes])
-    return rounds
+class Rounds:
+    """Samples of all models: in a round every case that still needs some is timed of one model after the other.
+
+    `samples` are lists under the case and the number of the model, `peaks` the most bytes that a model's process took.
+    """
+
+    def __init__(self, processes: "list[CleanProcess]", cases: Sequence[Case], threads: int | None):
+        self.processes = processes
+        self.samples: dict[Case, list[list[Sample]]] = {case: [[] for _ in processes] for case in cases}
+        self.peaks = [0] * len(processes)
+        self.threads = threads or torch.get_num_threads()
+        self.paces: list[Pace] = []
+
+    def run(self, settings: SpeedSettings, bar: tqdm) -> None:
+        calibration = Calibration()
+        self._calibrate(calibration)
+        start = time.monotonic()
+        for turn in range(settings.repeats + EXTRA_ROUNDS):
+            cases = [case for case in self.samples if not self._is_steady(case, settings.repeats)]
+            if not cases or (turn and time.monotonic() - start > settings.budget_seconds):
+                break
+            if turn >= settings.repeats:
+                bar.total += len(cases) * len(self.processes)
+            for case in cases:
+                for index in range(len(self.processes)):
+                    self._take(case, index, calibration, bar)
+
+    def _take(self, case: Case, index: int, calibration: Calibration, bar: tqdm) -> None:
+        answer = _ask(self.processes[index], _measure_command(case), bar)
+        before = self.paces[-1]
+        after = self._calibrate(calibration)
+        slower = Pace(min(before.read, after.read), min(before.product, after.product))
+        self.samples[case][index].append(Sample(answer["seconds"], slower))
+        self.peaks[index] = max(self.peaks[index], answer["peak_bytes"])
+
+    def _calibrate(self, calibration: Calibration) -> Pace:
+        with _torch_threads(self.threads):
+            self.paces.append(calibration.pace())
+        return self.paces[-1]
+
+    def _is_steady(self, case: Case, repeats: int) -> bool:
+        """Whether every model has `repeats` samples of a case that no slow calibration accompanied."""
+        best = best_pace(self.paces)
+        return all(sum(_steady(sample, best) for sample in taken) >= repeats for taken in self.samples[case])
+
+
+@contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure_command(case: Case) -> str:
+    return f"measure {json.dumps(asdict(case))}"
 
 
 def _ask(process: "CleanProcess", command: str, bar: tqdm) -> dict[str, Any]:
-    bar.set_postfix_str(f"{process.name}: {command}")
+    bar.set_postfix_str(f"{process.name}: {command.partition(' ')[0]}")
     answer = process.ask(command)
     bar.update()
     return answer
-
-
-def _is_steady(rounds: list[list[dict]], repeats: int) -> bool:
-    """Whether every model has `repeats` samples of both kinds that no slow calibration accompanied."""
-    if len(rounds) < repeats:
-        return False
-    limit = STEADY * _fastest(rounds)
-    return all(
-        sum(answer[f"{kind}_calibration"] <= limit for answer in answers) >= repeats
-        for answers in zip(*rounds, strict=True)
-        for kind in KINDS
-    )
-
-
-def _fastest(rounds: list[list[dict]]) -> float:
-    return min(answer[f"{kind}_calibration"] for turn in rounds for answer in turn for kind in KINDS)
 
 
 def _sample(process: "CleanProcess", bar: tqdm) -> tuple[dict[str, Any] | None, str | None]:
@@ -220,26 +302,16 @@ def _sample(process: "CleanProcess", bar: tqdm) -> tuple[dict[str, Any] | None, 
         return None, str(error)
 
 
-def _summarize(process: "CleanProcess", load: dict, answers: list[dict], fastest: float, sample: tuple) -> Speed:
-    settings = process.settings
-    return Speed(
-        dtype=process.dtype,
-        prefill=_rate("prefill", settings.prefill_tokens, answers, fastest),
-        decode=_rate("decode", settings.new_tokens - 1, answers, fastest),
-        peak_memory_bytes=max(answer["peak_bytes"] for answer in answers),
-        library_memory_bytes=load["library_bytes"],
-        load_seconds=load["load_seconds"],
-        sample=sample[0],
-        sample_reason=sample[1],
-    )
+def _steady(sample: Sample, best: Pace) -> bool:
+    return sample.pace.share_of(best) >= STEADY
 
 
-def _rate(kind: str, tokens: int, answers: list[dict], fastest: float) -> Rate:
+def _rate(case: Case, samples: Sequence[Sample], best: Pace) -> Rate:
     """The rate over the samples whose calibration was steady; over all, where those are fewer than half or than two."""
-    steady = [answer for answer in answers if answer[f"{kind}_calibration"] <= STEADY * fastest]
-    used = steady if len(steady) >= max(2, len(answers) / 2) else answers
-    rates = [tokens / answer[f"{kind}_seconds"] for answer in used]
-    return Rate(statistics.median(rates), min(rates), max(rates), len(used), len(answers) - len(steady))
+    steady = [sample for sample in samples if _steady(sample, best)]
+    used = steady if len(steady) >= max(2, len(samples) / 2) else samples
+    rates = [case.counted / sample.seconds for sample in used]
+    return Rate(statistics.median(rates), min(rates), max(rates), len(used), len(samples) - len(steady))
 
 
 class CleanProcess:
@@ -270,6 +342,7 @@ class CleanProcess:
 
     def ask(self, command: str) -> dict[str, Any]:
         """The answer to a command. Raises `ValueError` where it failed, `MemoryError` where the process was killed."""
+        named = command.partition(" ")[0]
         try:
             self._process.stdin.write(f"{command}\n")  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]
@@ -277,10 +350,10 @@ class CleanProcess:
         except BrokenPipeError:
             line = ""
         if not line:
-            self._raise_ended(command)
+            self._raise_ended(named)
         answer = json.loads(line)
         if "error" in answer:
-            self._raise_failed(command, answer)
+            self._raise_failed(named, answer)
         return answer
 
     def _raise_ended(self, command: str) -> None:

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 import hf_llmkernel
 from hf_llmkernel.data import load_documents, split_documents, token_windows
 from hf_llmkernel.evaluate import Report, compare, evaluate, measure, perplexity
+from hf_llmkernel.evaluate.ceilings import Pace
 from hf_llmkernel.evaluate.measure import fit_settings, with_baseline
-from hf_llmkernel.evaluate.speed import Rate, Speed, SpeedSettings
+from hf_llmkernel.evaluate.speed import Sample, Speed, SpeedSettings
 
 from .conftest import edit_config
 
@@ -27,9 +28,13 @@ def no_processes(monkeypatch):
 
     def measure_speed(models, dtype, settings, names, progress):
         asked.append((list(models), dtype, settings))
-        rate = Rate(10.0, 9.0, 11.0, samples=3, held_back=1)
+        best, slow = Pace(1.0, 1.0), Pace(0.5, 1.0)
+        samples = {
+            case: [Sample(case.counted / rate, best) for rate in (10.0, 9.0, 11.0)] + [Sample(99.0, slow)]
+            for case in (settings.prefill, settings.decode)
+        }
         sample = {"prompt": "p", "text": "t", "chat": False}
-        return [Speed("bfloat16", rate, rate, 500, 100, 1.0, sample, None) for _ in models]
+        return [Speed("bfloat16", samples, best, 500, 100, 1.0, 1.5, sample, None) for _ in models]
 
     monkeypatch.setattr(measure, "measure_speed", measure_speed)
     return asked

@@ -1,5 +1,6 @@
 """Speed and memory: the arithmetic on made-up samples, and two models measured for real in clean processes."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from hf_llmkernel.evaluate import choose_dtype, clean_process, measure_speed, speed
-from hf_llmkernel.evaluate.speed import CleanProcess, Rate, SpeedSettings
+from hf_llmkernel.evaluate.ceilings import Pace, best_pace, product_peak
+from hf_llmkernel.evaluate.speed import Case, CleanProcess, Rate, Rounds, Sample, SpeedSettings
 
 from .conftest import edit_config
 
@@ -33,26 +35,71 @@ def test_the_probe_of_this_cpu_takes_little_and_answers():
     assert choose_dtype("auto", repeats=1) in ("float32", "bfloat16")
 
 
-def answer(seconds: float, calibration: float = 1.0) -> dict:
-    return {"decode_seconds": seconds, "decode_calibration": calibration, "prefill_calibration": 1.0}
+def taken(seconds: float, pace: float = 1.0) -> Sample:
+    return Sample(seconds, Pace(pace, 1.0))
+
+
+DECODE, BEST = Case("decode", tokens=9), Pace(1.0, 1.0)
+
+
+def test_a_case_counts_the_tokens_that_its_time_covers():
+    assert (DECODE.counted, Case("decode", 9, batch=4).counted, Case("prefill", 9, batch=4).counted) == (8, 32, 36)
+
+
+def test_a_pace_is_that_of_the_slower_part():
+    assert Pace(80.0, 9.0).share_of(Pace(100.0, 10.0)) == 0.8
+    assert Pace(90.0, 5.0).share_of(Pace(100.0, 10.0)) == 0.5
+    assert best_pace([Pace(1.0, 4.0), Pace(3.0, 2.0)]) == Pace(3.0, 4.0)
 
 
 def test_a_rate_is_the_median_of_the_samples_that_were_not_held_back():
-    answers = [answer(2.0), answer(1.0), answer(4.0), answer(100.0, calibration=1.5)]
-    assert speed._rate("decode", 8, answers, fastest=1.0) == Rate(4.0, 2.0, 8.0, samples=3, held_back=1)
+    samples = [taken(2.0), taken(1.0), taken(4.0), taken(100.0, pace=0.7)]
+    assert speed._rate(DECODE, samples, BEST) == Rate(4.0, 2.0, 8.0, samples=3, held_back=1)
 
 
 def test_where_most_samples_are_held_back_all_count_and_it_is_said():
-    answers = [answer(1.0), answer(2.0, calibration=9.0), answer(4.0, calibration=9.0)]
-    assert speed._rate("decode", 8, answers, fastest=1.0) == Rate(4.0, 2.0, 8.0, samples=3, held_back=2)
-    assert speed._rate("decode", 8, answers[:2], fastest=1.0) == Rate(6.0, 4.0, 8.0, samples=2, held_back=1)
+    samples = [taken(1.0), taken(2.0, pace=0.1), taken(4.0, pace=0.1)]
+    assert speed._rate(DECODE, samples, BEST) == Rate(4.0, 2.0, 8.0, samples=3, held_back=2)
+    assert speed._rate(DECODE, samples[:2], BEST) == Rate(6.0, 4.0, 8.0, samples=2, held_back=1)
 
 
-def test_rounds_go_on_until_every_model_has_enough_steady_samples():
-    steady, slow = answer(1.0), answer(1.0, calibration=2.0)
-    assert speed._is_steady([[steady, steady], [steady, steady]], repeats=2)
-    assert not speed._is_steady([[steady, steady], [steady, slow]], repeats=2)
-    assert speed._is_steady([[steady, steady], [steady, slow], [slow, steady], [steady, steady]], repeats=2)
+class Scripted:
+    """A process that answers at once, and a calibration of given paces."""
+
+    def __init__(self, name, asked):
+        self.name, self.asked = name, asked
+
+    def ask(self, command):
+        self.asked.append((self.name, json.loads(command.partition(" ")[2])["kind"]))
+        return {"seconds": 1.0, "peak_bytes": len(self.asked)}
+
+
+def scripted_rounds(monkeypatch, paces, repeats=2, budget_seconds=60.0):
+    asked = []
+    given = iter(paces)
+    monkeypatch.setattr(speed, "Calibration", lambda: None)
+    monkeypatch.setattr(Rounds, "_calibrate", lambda self, _: self.paces.append(next(given, BEST)) or self.paces[-1])
+    rounds = Rounds([Scripted("a", asked), Scripted("b", asked)], [Case("prefill", 4), DECODE], threads=1)
+    rounds.run(replace(SMALL, repeats=repeats, budget_seconds=budget_seconds), tqdm(disable=True, total=0))
+    return rounds, asked
+
+
+def test_models_take_turns_case_by_case(monkeypatch):
+    rounds, asked = scripted_rounds(monkeypatch, [])
+    turn = [("a", "prefill"), ("b", "prefill"), ("a", "decode"), ("b", "decode")]
+    assert asked == turn * 2
+    assert rounds.peaks == [7, 8]
+
+
+def test_rounds_go_on_for_the_cases_that_were_held_back(monkeypatch):
+    # The fourth sample, of "b" decoding, is followed by a slow calibration: so is the fifth preceded, of "a" prefilling.
+    rounds, asked = scripted_rounds(monkeypatch, [BEST] * 4 + [Pace(0.5, 1.0)])
+    assert asked[8:] == asked[:4]
+    assert [sample.pace.read for sample in rounds.samples[DECODE][1]] == [0.5, 1.0, 1.0]
+    _, asked = scripted_rounds(monkeypatch, [BEST] + [Pace(1.0, 0.5)] * 99)
+    assert len(asked) == 4 * (2 + speed.EXTRA_ROUNDS)
+    _, asked = scripted_rounds(monkeypatch, [BEST] + [Pace(1.0, 0.5)] * 99, budget_seconds=-1.0)
+    assert len(asked) == 4
 
 
 def test_bad_settings():
@@ -74,7 +121,7 @@ def test_the_end_token_does_not_end_a_measurement(settings, loaded):
     every_token = list(range(loaded.config.vocab_size))
     own = loaded.generation_config
     own.eos_token_id = every_token
-    assert clean_process.time_decode(loaded, settings) > 0
+    assert clean_process.time_decode(loaded, settings, {"tokens": 6, "batch": 2}) > 0
     assert loaded.generation_config is own and own.eos_token_id == every_token
     own.eos_token_id = None
 
@@ -82,7 +129,7 @@ def test_the_end_token_does_not_end_a_measurement(settings, loaded):
 def test_decode_times_the_tokens_after_the_first(settings, loaded, monkeypatch):
     ticks = iter([10.0, 20.0, 21.0, 22.0, 23.0, 24.0, 26.0])  # the prompt, then six tokens
     monkeypatch.setattr(clean_process.time, "perf_counter", lambda: next(ticks))
-    assert clean_process.time_decode(loaded, settings) == 6.0
+    assert clean_process.time_decode(loaded, settings, {"tokens": 6, "batch": 2}) == 6.0
 
 
 def test_a_sample_continues_or_answers(settings, loaded, saved, tmp_path, tokenizer):
@@ -113,10 +160,16 @@ def measured(saved):
     return measure_speed([saved / "llama", saved / "compressed"], "float32", SMALL, progress=False)
 
 
+def test_the_peak_of_a_product_is_a_number_of_operations():
+    assert product_peak("float32", side=64, repeats=1) > 1e6
+    assert product_peak("int8", side=64, repeats=1) > 1e6
+
+
 def test_two_models_in_clean_processes(measured):
     for result in measured:
         assert result.dtype == "float32"
-        for rate in (result.prefill, result.decode):
+        assert 0 < result.load_seconds < result.first_token_seconds
+        for rate in (result.rate(SMALL.prefill), result.rate(SMALL.decode)):
             assert 0 < rate.slowest <= rate.median <= rate.fastest
             assert 2 <= rate.samples + rate.held_back <= 2 * (2 + speed.EXTRA_ROUNDS)
         assert 100 << 20 < result.library_memory_bytes < result.peak_memory_bytes < 2 << 30
