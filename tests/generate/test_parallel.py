@@ -1,4 +1,4 @@
-"""Tensor parallelism on two processes, as `torchrun` starts them: the tokens of one, or a refusal by the form's name."""
+"""Tensor parallelism on two processes, as `torchrun` starts them: the tokens of one, or a refusal by name."""
 
 import json
 import os
