@@ -1,4 +1,4 @@
-"""What the machine reaches: bytes read from memory and operations of a matrix product a second, by torch on all threads.
+"""What the machine reaches: bytes read and operations of a matrix product a second, by torch on all threads.
 
 Measured beside everything that is timed: a pace below the best one shows that the machine is held back.
 """
@@ -46,7 +46,7 @@ class Calibration:
 def product_peak(dtype: str, side: int = 1024, repeats: int = 6) -> float:
     """Most operations a second seen in a product of square matrices: of a floating dtype, or `int8` (int32 sums)."""
     square = torch.ones(side, side, dtype=getattr(torch, dtype))
-    multiply = torch._int_mm if dtype == "int8" else torch.mm
+    multiply = torch.ops.aten._int_mm if dtype == "int8" else torch.mm
     multiply(square, square)  # wakes the threads
     return _operations(side) / _fastest(lambda: multiply(square, square), repeats)
 

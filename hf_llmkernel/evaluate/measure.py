@@ -108,7 +108,8 @@ def compare(
     settings = replace(settings or SpeedSettings(), trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="llmkernel-") as scratch:
         folders = [_folder_of(model, tokenizer, Path(scratch) / str(index)) for index, model in enumerate(models)]
-        titles = [given or title for given, title in zip(names or [None] * len(models), _titles(models), strict=True)]
+        given = names or [None] * len(models)
+        titles = [name or title for name, title in zip(given, model_titles(models), strict=True)]
         reports = [_inventory_report(folder, title) for folder, title in zip(folders, titles, strict=True)]
         protocol = Protocol(str(text), context, tokens, evaluation_share, seed, trust_remote_code)
         # What ends early comes first: a text too short, then a model that a plain program cannot load.
@@ -174,7 +175,7 @@ def _folder_of(model: Any, tokenizer: Any, scratch: Path) -> Path:
     return scratch
 
 
-def _titles(models: Sequence[Any]) -> list[str]:
+def model_titles(models: Sequence[Any]) -> list[str]:
     """The last part of each model's path or Hub name, with its parent's where two are alike; a class, in memory."""
     places = [Path(type(model).__name__ if isinstance(model, nn.Module) else model) for model in models]
     places = [place.resolve() if place.is_dir() else place for place in places]
@@ -291,12 +292,12 @@ def _with_perplexity(report: Report, measured: Perplexity, windows: torch.Tensor
 def _add_speeds(
     reports: Sequence[Report], folders: Sequence[Path], dtype: str, settings: SpeedSettings, progress: bool
 ) -> list[Report]:
-    settings = fit_settings(settings, min(_longest(folder) for folder in folders))
+    settings = fit_settings(settings, min(longest_context(folder) for folder in folders))
     speeds = measure_speed(folders, dtype, settings, [report.model for report in reports], progress)
     return [_with_speed(report, speed, settings) for report, speed in zip(reports, speeds, strict=True)]
 
 
-def _longest(folder: Path) -> int:
+def longest_context(folder: Path) -> int:
     return int(read_config(folder).get("max_position_embeddings") or 2**31)
 
 

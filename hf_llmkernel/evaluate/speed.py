@@ -129,6 +129,10 @@ class Speed:
         """Tokens a second of a case."""
         return _rate(case, self.samples[case], self.best)
 
+    def is_steady(self, sample: Sample) -> bool:
+        """Whether the machine kept its pace beside a sample."""
+        return _steady(sample, self.best)
+
 
 def choose_dtype(dtype: str = "auto", repeats: int = 5) -> str:
     """The dtype to compute in: the one given, or of fp32 and bf16 the one that is faster on this CPU.

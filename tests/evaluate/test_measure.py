@@ -121,7 +121,7 @@ def test_models_of_one_name_are_told_apart_by_their_parents(saved, tmp_path):
 
 
 def test_names_of_hub_models_and_models_in_memory(llama):
-    assert measure._titles(["org/tiny", llama, "other/small"]) == ["tiny", "LlamaForCausalLM", "small"]
+    assert measure.model_titles(["org/tiny", llama, "other/small"]) == ["tiny", "LlamaForCausalLM", "small"]
 
 
 def test_nan_in_a_checkpoint_names_the_tensor(llama_folder, text):

@@ -92,7 +92,7 @@ def test_models_take_turns_case_by_case(monkeypatch):
 
 
 def test_rounds_go_on_for_the_cases_that_were_held_back(monkeypatch):
-    # The fourth sample, of "b" decoding, is followed by a slow calibration: so is the fifth preceded, of "a" prefilling.
+    # A slow calibration follows the fourth sample, of "b" decoding, and precedes the fifth, of "a" prefilling.
     rounds, asked = scripted_rounds(monkeypatch, [BEST] * 4 + [Pace(0.5, 1.0)])
     assert asked[8:] == asked[:4]
     assert [sample.pace.read for sample in rounds.samples[DECODE][1]] == [0.5, 1.0, 1.0]
