@@ -71,9 +71,17 @@ COMMANDS = {
         "hf_llmkernel.evaluate.command:evaluate",
         "Measure perplexity, speed and memory of a checkpoint.",
     ),
+    "bench": Command(
+        "hf_llmkernel.evaluate.bench:bench",
+        "Measure tokens a second, load time and memory against what the machine reaches.",
+    ),
     "generate": Command(
         "hf_llmkernel.generate.command:generate",
         "Continue a prompt, or answer it, and stream the text.",
+    ),
+    "chat": Command(
+        "hf_llmkernel.generate.chat:chat",
+        "Talk with a model in the terminal.",
     ),
 }
 

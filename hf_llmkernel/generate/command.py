@@ -11,27 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..registration import MODEL_TYPE
+from .sampling import DTYPES, CacheKind, Dtype, Seed, Temperature, TopP, cache_bits, sampling_options
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-CACHES = {"full": None, "int8": 8, "int4": 4}
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or the message to answer.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, above 0 samples.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 1.0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     chat: Annotated[
         bool | None, typer.Option("--chat/--no-chat", help="Use the chat template. Default: if there is one.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help=f"Compute dtype: {', '.join(DTYPES)}; auto is the checkpoint's.")] = "auto",
-    cache: Annotated[str, typer.Option(help="Keys and values of past tokens: full, int8 or int4.")] = "full",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    cache: CacheKind = "full",
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
 
@@ -39,21 +37,11 @@ def generate(
         ValueError: `top_p`, `dtype` or `cache` outside their range, or `chat` without a template.
         OSError: no such checkpoint.
     """
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1; 1 keeps every token.")
-    if top_p < 1.0 and temperature == 0.0:
-        raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
-    if cache not in CACHES:
-        raise ValueError(f"cache={cache}: must be one of {', '.join(CACHES)}.")
+    sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
     network, tokenizer = load(model, dtype)
     inputs = encode_prompt(tokenizer, prompt, chat)
-    if (highest := int(inputs["input_ids"].max())) >= network.config.vocab_size:
-        raise ValueError(
-            f"vocab_size={network.config.vocab_size}: the tokenizer made token {highest}, which the model does not "
-            "have; use the model's own tokenizer."
-        )
-    sampling = {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else dict(GREEDY)
-    if (bits := CACHES[cache]) is not None:
+    check_tokens(network, inputs["input_ids"])
+    if bits is not None:
         from .cache import IntegerCache
 
         sampling["past_key_values"] = IntegerCache(network.config, bits)
@@ -72,10 +60,6 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
-
-
-# Sampling settings of a checkpoint's own generation config would be warned about beside do_sample=False.
-GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def render_generate(result: dict[str, Any]) -> str:
@@ -114,6 +98,15 @@ def check_weights(folder: Path) -> None:
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         # Loaded all the same, it would have a head of random values.
         raise ValueError(f"{folder}: is a {architectures[0]}, without a language-model head; use a causal model.")
+
+
+def check_tokens(network: "PreTrainedModel", ids: "torch.Tensor") -> None:
+    """Raises `ValueError` where the tokenizer has made a token that the model does not have."""
+    if (highest := int(ids.max())) >= network.config.vocab_size:
+        raise ValueError(
+            f"vocab_size={network.config.vocab_size}: the tokenizer made token {highest}, which the model does not "
+            "have; use the model's own tokenizer."
+        )
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool | None) -> "dict[str, torch.Tensor]":
