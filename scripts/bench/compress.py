@@ -68,11 +68,30 @@ RECIPES: dict[str, list[Any]] = {
 
 def main(recipes: dict[str, list[Any]], description: str | None) -> None:
     arguments = parse_arguments(recipes, description)
-    results = json.loads(arguments.output.read_text())["results"] if arguments.output.is_file() else {}
+    results = kept_results(arguments)
     for name in arguments.only or [name for name in recipes if name not in results]:
         results[name] = run_recipe(arguments, recipes[name])
         print(f"{name}: {json.dumps(results[name]['perplexity_ratio'])}", file=sys.stderr)
         write(arguments, results)
+
+
+def kept_results(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that are in the output already, which must be of this protocol."""
+    if not arguments.output.is_file():
+        return {}
+    before = json.loads(arguments.output.read_text())
+    for name, own in protocol(arguments).items():
+        if before[name] != own:
+            sys.exit(f"{arguments.output}: its {name} is {before[name]}, not {own}; name another output.")
+    return before["results"]
+
+
+def protocol(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "calibration": {"text": arguments.text, "samples": arguments.samples, "length": arguments.length},
+        "evaluation": {"tokens": arguments.tokens, "context": 1024, "second_text": arguments.second_text},
+        "seed": SEED,
+    }
 
 
 def parse_arguments(recipes: dict[str, list[Any]], description: str | None) -> argparse.Namespace:
@@ -139,9 +158,7 @@ def dense_report(arguments: argparse.Namespace, text: str) -> Any:
 def write(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
     content = {
         "model": arguments.model.name,
-        "calibration": {"text": arguments.text, "samples": arguments.samples, "length": arguments.length},
-        "evaluation": {"tokens": arguments.tokens, "context": 1024, "second_text": arguments.second_text},
-        "seed": SEED,
+        **protocol(arguments),
         "machine": describe_machine(),
         "versions": describe_versions(),
         "commit": describe_commit(Path(__file__).parent),
