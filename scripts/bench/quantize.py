@@ -16,7 +16,9 @@ BEST = {"method": "coordinate_descent"}
 FOURTH = {"quantize": {**FLOATING_ZEROS, "method": "gptq"}}
 # No linear is left for these: the embedding alone.
 EMBEDDING_INT8 = {"quantize": {"bits": 8, "group_size": 64, "embeddings": True, "exclude": ["*"]}}
-EMBEDDING_INT4 = {"quantize": {**FLOATING_ZEROS, "group_size": 32, "method": "hqq", "embeddings": True, "exclude": ["*"]}}
+EMBEDDING_INT4 = {
+    "quantize": {**FLOATING_ZEROS, "group_size": 32, "method": "hqq", "embeddings": True, "exclude": ["*"]}
+}
 RECIPES: dict[str, list[Any]] = {
     "int8 g64, rtn": [{"quantize": {"bits": 8, "group_size": 64}}],
     "int4 g64, rtn": [{"quantize": INT4}],
