@@ -4,7 +4,7 @@ Reading order: the table -> a family's configuration into ours -> what stands in
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,13 +159,19 @@ def fields_without_meaning(fields: dict[str, Any], config: PreTrainedConfig) -> 
     return sorted(set(fields) - declared - WITHOUT_EFFECT)
 
 
-def to_llm_kernel(config: PreTrainedConfig, where: str, forms: dict[str, LinearForm] | None = None) -> LLMKernelConfig:
+def to_llm_kernel(
+    config: PreTrainedConfig,
+    where: str,
+    forms: dict[str, LinearForm] | None = None,
+    layers: Sequence[dict[str, Any]] = (),
+) -> LLMKernelConfig:
     """Our configuration of a stock one. Raises `ValueError` where its values contradict each other.
 
     Args:
         config: of a known family.
         where: it comes from, for messages.
         forms: of matrices that are not dense, by their names without the prefix of the body.
+        layers: fields that every layer has of its own, where they differ.
     """
     family = find_family(config.model_type, where)
     values = {name: getattr(config, name) for name in SHARED}
@@ -179,7 +185,7 @@ def to_llm_kernel(config: PreTrainedConfig, where: str, forms: dict[str, LinearF
         values["sliding_window"] = config.sliding_window
     if family.window == "layers":
         values["layer_types"] = list(config.layer_types)
-    values |= _form_fields(forms or {}, config.num_hidden_layers)
+    values |= _form_fields(forms or {}, layers or [{}] * config.num_hidden_layers)
     try:
         return LLMKernelConfig(**values)
     except CONFIG_ERRORS as error:
@@ -190,18 +196,30 @@ def _labels(config: PreTrainedConfig) -> dict[str, Any]:
     return {"id2label": dict(config.id2label), "label2id": dict(config.label2id or {})} if config.id2label else {}
 
 
-def _form_fields(forms: dict[str, LinearForm], num_layers: int) -> dict[str, Any]:
-    """The fields of a configuration whose matrices have these forms: one table where all layers are alike."""
-    layers: list[dict[str, dict]] = [{} for _ in range(num_layers)]
+def _form_fields(forms: dict[str, LinearForm], layers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a configuration whose matrices have these forms, and its layers their own fields beside.
+
+    What most layers share is the model's, the rest in `per_layer_config`; what is left out of a layer is its own.
+    """
+    layers = [{**layer, "linear_forms": dict(layer.get("linear_forms", {}))} for layer in layers]
     fields: dict[str, Any] = {}
     for path, form in forms.items():
         if path in ("embed_tokens", "lm_head"):
             fields[f"{path}_form"] = form.to_dict()
-        elif int(path.split(".")[1]) < num_layers:  # one of a layer that is not there is unexpected in the file
-            layers[int(path.split(".")[1])][path.rpartition(".")[2]] = form.to_dict()
-    if all(own == layers[0] for own in layers):
-        return fields | {"linear_forms": layers[0]}
-    return fields | {"per_layer_config": {index: {"linear_forms": own} for index, own in enumerate(layers)}}
+        elif int(path.split(".")[1]) < len(layers):  # one of a layer that is not there is unexpected in the file
+            own = layers[int(path.split(".")[1])]["linear_forms"]
+            leaf = path.rpartition(".")[2]
+            own[leaf] = {**form.to_dict(), **own.get(leaf, {})}
+    for name in {name: None for layer in layers for name in layer if name != "skip"}:
+        values = [layer[name] for layer in layers if name in layer]
+        fields[name] = max(values, key=values.count)
+    per_layer = {
+        index: {name: value for name, value in layer.items() if name == "skip" or value != fields[name]}
+        for index, layer in enumerate(layers)
+    }
+    if per_layer := {index: own for index, own in per_layer.items() if own}:
+        fields["per_layer_config"] = per_layer
+    return fields
 
 
 # What keeps the form of a matrix from being expressed, in words; `None` where nothing does.

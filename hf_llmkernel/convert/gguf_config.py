@@ -1,6 +1,6 @@
-"""The stock configuration that a GGUF file's metadata describes.
+"""The stock configuration that a GGUF file's metadata describes, and what its layers have of their own.
 
-llama.cpp writes Mistral as the architecture `llama`. What a file says about the model is used or refused, never passed
+llama.cpp writes Mistral as the architecture `llama`, and a Llama whose layers differ as `deci`. What a file says about the model is used or refused, never passed
 over: a key of its architecture that is not listed here is an error.
 """
 
@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .families import FAMILIES
 from .gguf_file import GGUFFile
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "deci")
 FIELDS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -24,6 +24,7 @@ FIELDS = {
     "attention.sliding_window": "sliding_window",
 }
 REQUIRED = tuple(FIELDS)[:5]
+BY_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")  # lists in `deci`
 TOKENS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
@@ -51,22 +52,67 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: general.architecture={architecture!r} is not supported; the known ones are "
             f"{list(ARCHITECTURES)} (llama includes Mistral)."
         )
-    own = {key.split(".", 1)[1]: value for key, value in file.metadata.items() if key.startswith(f"{architecture}.")}
+    own = _own_keys(file)
+    if architecture == "deci":
+        own |= {key: max(values) for key, values in _by_layer(file).items()}
     _check_keys(file, architecture, own)
     fields: dict[str, Any] = {FIELDS[key]: value for key, value in own.items() if key in FIELDS}
     fields |= {name: file.metadata[key] for key, name in TOKENS.items() if key in file.metadata}
     fields["head_dim"] = _head_dim(file, fields, own)
     fields["vocab_size"] = file.shape("model.embed_tokens.weight")[0]
     fields["tie_word_embeddings"] = "lm_head.weight" not in file.packed
-    family = "mistral" if architecture == "llama" and fields.get("sliding_window") else architecture
+    family = "llama" if architecture == "deci" else architecture
+    family = "mistral" if family == "llama" and fields.get("sliding_window") else family
     fields |= {"model_type": family, "architectures": [f"{FAMILIES[family].prefix}ForCausalLM"]}
-    if family == "llama":
+    if architecture == "llama" and family == "llama":
         fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in file.packed
         fields["mlp_bias"] = "model.layers.0.mlp.down_proj.bias" in file.packed
-    elif family != "mistral":
+    elif family not in ("llama", "mistral"):
         fields["use_sliding_window"] = fields.get("sliding_window") is not None
     fields["rope_parameters"] = _rope_parameters(file, fields, own)
     return fields
+
+
+def gguf_layers(file: GGUFFile) -> list[dict[str, Any]]:
+    """What each layer of a `deci` file has of its own: fields of this family's layers, biases among its `linear_forms`.
+
+    Empty of any other architecture.
+
+    Raises:
+        ValueError: a linear attention, which this family has not.
+    """
+    if file.metadata.get("general.architecture") != "deci":
+        return []
+    layers = []
+    for index, (width, heads, key_value_heads) in enumerate(zip(*_by_layer(file).values(), strict=True)):
+        if heads and not key_value_heads:
+            raise ValueError(f"{file.path}: layer {index} has a linear for its attention, which is not supported.")
+        shapes = {"intermediate_size": width, "num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+        skip = [] if heads else ["attention"]
+        skip += [] if width else ["mlp"]
+        stem = f"model.layers.{index}."
+        biased = [key.split(".")[-2] for key in file.packed if key.startswith(stem) and key.endswith("_proj.bias")]
+        fields = {name: value for name, value in shapes.items() if value} | ({"skip": skip} if skip else {})
+        layers.append({**fields, "linear_forms": {name: {"bias": True} for name in biased}})
+    return layers
+
+
+def _own_keys(file: GGUFFile) -> dict[str, Any]:
+    prefix = f"{file.metadata.get('general.architecture')}."
+    return {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+
+
+def _by_layer(file: GGUFFile) -> dict[str, list[int]]:
+    """Widths and heads of every layer. Raises `ValueError` where they are not as many as there are layers."""
+    own = _own_keys(file)
+    own.setdefault(BY_LAYER[2], own.get(BY_LAYER[1]))
+    count, lists = own.get("block_count", 0), {}
+    for key in BY_LAYER:
+        values = own.get(key)
+        lists[key] = values if isinstance(values, list) else [values] * count
+        if len(lists[key]) != count or None in lists[key] or not count:
+            raise ValueError(f"{file.path}: deci.{key} is not of all {count} layers; fetch it again.")
+    return lists
 
 
 def _check_keys(file: GGUFFile, architecture: str, own: dict[str, Any]) -> None:

@@ -92,11 +92,11 @@ class GGUFFile:
         self.packed = {hugging_face_name(tensor.name): tensor for tensor in tensors}
         if len(self.packed) < len(tensors):
             raise ValueError(f"{self.path}: names a tensor twice; fetch it again.")
-        self._heads: dict[str, int] = {}
+        self._heads: dict[str, list[int]] = {}
 
-    def undo_permutation(self, num_attention_heads: int, num_key_value_heads: int) -> None:
-        """From now on gives queries and keys with the rows of Llama: the `llama` architecture's files interleave the
-        two halves that a rotation turns into each other, head by head."""
+    def undo_permutation(self, num_attention_heads: list[int], num_key_value_heads: list[int]) -> None:
+        """From now on gives queries and keys with the rows of Llama: files of `llama` and `deci` interleave the two
+        halves that a rotation turns into each other, head by head; given are the heads of every layer."""
         self._heads = {"attn_q": num_attention_heads, "attn_k": num_key_value_heads}
 
     def keys(self) -> list[str]:
@@ -124,8 +124,8 @@ class GGUFFile:
     def packed_rows(self, key: str) -> Iterator[torch.Tensor]:
         """A tensor's rows as they are packed, uint8 `[n, row_bytes]`, a few at a time."""
         tensor = self.packed[key]
-        heads = self._heads.get(tensor.name.split(".")[-2]) if tensor.name.startswith("blk.") else None
-        return self._rows(tensor, heads)
+        rotated = re.match(r"blk\.(\d+)\.(attn_[qk])\.", tensor.name) if self._heads else None
+        return self._rows(tensor, self._heads[rotated[2]][int(rotated[1])] if rotated else None)
 
     def type_name(self, key: str) -> str:
         """The name of a tensor's ggml type, such as `Q6_K`."""

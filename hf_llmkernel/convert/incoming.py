@@ -20,9 +20,10 @@ from .compressed_folder import open_compressed
 from .compressed_tensors import METHOD, QuantizationConfig
 from .conversion import Conversion, check_dtype, count_parameters, write_tensors
 from .families import FAMILIES, fields_without_meaning, parse_stock_config, to_llm_kernel
-from .gguf_config import gguf_config
+from .gguf_config import gguf_config, gguf_layers
 from .gguf_file import GGUFFile
 from .gguf_integers import open_integers
+from .gguf_metadata import INTERLEAVED
 from .matrices import Matrix, matrices
 from .names import HEADS, Plan, Tensors, check_head, equal_tensors, head_of, plan_copies, tensors_of
 from .source import (
@@ -135,7 +136,8 @@ def _prepare(
     found = locate_source(source, gguf_file, revision)
     fields, tensors, where, kept, notes = _open_source(found, keep)
     stock = parse_stock_config(fields, where)
-    config = to_llm_kernel(stock, where, {matrix.path: matrix.form for matrix in kept})
+    layers = [] if found.gguf is None else gguf_layers(GGUFFile(found.gguf))
+    config = to_llm_kernel(stock, where, {matrix.path: matrix.form for matrix in kept}, layers)
     _check_shapes(config, kept, where)
     prefix = FAMILIES[stock.model_type].prefix
     kind = head or head_of(stock.architectures, prefix, tensors.keys(), where)
@@ -153,9 +155,8 @@ def _open_source(found: Source, keep: bool | None) -> tuple[dict[str, Any], Tens
     if found.gguf is not None:
         file = GGUFFile(found.gguf)
         fields = gguf_config(file)
-        if file.metadata["general.architecture"] == "llama":
-            heads = fields["num_attention_heads"]
-            file.undo_permutation(heads, fields.get("num_key_value_heads", heads))
+        if file.metadata["general.architecture"] in INTERLEAVED:
+            file.undo_permutation(*_heads_of_layers(fields, gguf_layers(file)))
         tensors, kept, notes = open_integers(file) if keep else (file, [], [])
         return fields, tensors, str(found.gguf), kept, notes
     path = found.folder / "config.json"
@@ -167,6 +168,15 @@ def _open_source(found: Source, keep: bool | None) -> tuple[dict[str, Any], Tens
     del fields["quantization_config"]
     tensors, kept = open_compressed(reader, QuantizationConfig(quantization, str(path)), keep is not False)
     return fields, tensors, str(path), kept, []
+
+
+def _heads_of_layers(fields: dict[str, Any], layers: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Heads, and key/value heads, of every layer; `layers` have their own, as `gguf_layers` says."""
+    heads = fields["num_attention_heads"]
+    usual = {"num_attention_heads": heads, "num_key_value_heads": fields.get("num_key_value_heads", heads)}
+    all_layers = [usual | layer for layer in layers or [{}] * fields["num_hidden_layers"]]
+    own = [(layer["num_attention_heads"], layer["num_key_value_heads"]) for layer in all_layers]
+    return [heads for heads, _ in own], [heads for _, heads in own]
 
 
 def _check_shapes(config: LLMKernelConfig, kept: list[Matrix], where: str) -> None:

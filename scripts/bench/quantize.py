@@ -2,12 +2,20 @@
 
     python scripts/bench/quantize.py MODEL --output scripts/bench/quantize.json [--only NAME …] [--samples 64]
 
-Protocol, options and results as `compress.py`, which runs the recipes.
+Protocol, options and results as `compress.py`, which runs the recipes. Beside the output, `quantize.png` shows bytes of
+the whole model against the ratio of perplexities, with the front that no other recipe beats in both.
 """
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from compress import main
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from hf_llmkernel.evaluate.plot import AFTER, INK, MUTED, pareto_front
 
 INT4 = {"bits": 4, "group_size": 64}
 ZEROS = {**INT4, "symmetric": False}
@@ -53,5 +61,37 @@ RECIPES: dict[str, list[Any]] = {
     "rank -20 % + int4 g64": [{"factorize": {"ratio": 0.2}}, {"quantize": {**FLOATING_ZEROS, **BEST}}],
 }
 
+WORST = 3.0  # a ratio above it is left out of the picture
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Bytes against the ratio on the first text, names beside the points, the front as a line."""
+    points = {
+        name: (entry["weight_bytes"] / 1e6, next(iter(entry["perplexity_ratio"].values())))
+        for name, entry in results.items()
+    }
+    points = {name: point for name, point in points.items() if point[1] <= WORST}
+    front = pareto_front(list(points.values()))
+    figure = Figure(figsize=(11, 7), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(*zip(*front, strict=True), color=AFTER, linewidth=1.2)
+    places = sorted(points.items(), key=lambda entry: entry[1])
+    for number, (name, point) in enumerate(places):
+        axes.plot(*point, marker="o", markersize=5, color=AFTER if point in front else MUTED)
+        axes.annotate(
+            name, point, xytext=(6, 7 if number % 2 else -11), textcoords="offset points", fontsize=7,
+            color=INK if point in front else MUTED,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.set_yticks(ticks := [1, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3], [f"×{tick}" for tick in ticks], minor=False)
+    axes.set_xlabel("MB of weights, the whole model", color=INK)
+    axes.set_ylabel("perplexity against the dense model's", color=INK)
+    axes.grid(color="#eeeeee")
+    figure.savefig(path, dpi=160)
+
+
 if __name__ == "__main__":
     main(RECIPES, __doc__)
+    output = Path(sys.argv[sys.argv.index("--output") + 1])
+    plot(json.loads(output.read_text())["results"], output.with_suffix(".png"))

@@ -274,7 +274,7 @@ def test_rows_in_small_pieces_are_the_same_rows(tmp_path, monkeypatch):
     write_gguf(tmp_path / "model.gguf", kinds=MIXED)
     whole, pieces = GGUFFile(tmp_path / "model.gguf"), GGUFFile(tmp_path / "model.gguf")
     for file in (whole, pieces):
-        file.undo_permutation(4, 2)
+        file.undo_permutation([4] * 3, [2] * 3)
     expected = {name: whole.values(name) for name in whole}
     monkeypatch.setattr(gguf_file, "BLOCK_BYTES", 64 * 4 * 5)
     for name in pieces:
@@ -288,7 +288,7 @@ def test_the_permutation_is_the_inverse_of_llama_cpps(tmp_path):
     key = "model.layers.0.self_attn.q_proj.weight"
     weight = stock.state_dict()[key]
     assert torch.equal(file.values(key), permute(weight, 4)) and not torch.equal(file.values(key), weight)
-    file.undo_permutation(4, 2)
+    file.undo_permutation([4] * 3, [2] * 3)
     assert torch.equal(file.values(key), weight)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.cli import main
@@ -158,6 +158,24 @@ def test_layers_of_their_own_widths_run_too(tmp_path):
     assert field(tmp_path / "out", "deci.attention.head_count") == [2, 0, 4]
     assert field(tmp_path / "out", "deci.attention.head_count_kv") == [1, 0, 2]
     assert_llama_cpp_agrees(model, tmp_path / "out/model.gguf", tolerance=1.0)
+
+
+@pytest.mark.parametrize("keep_integers", [True, False])
+def test_layers_of_their_own_widths_come_back(tmp_path, keep_integers):
+    ours = save_ours(tmp_path / "ours", dict.fromkeys(LINEARS, INT8), per_layer_config=PRUNED)
+    export_checkpoint(tmp_path / "ours", tmp_path / "out", to="gguf")
+    convert_checkpoint(tmp_path / "out/model.gguf", tmp_path / "back", keep_integers=keep_integers)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    layers = [(layer.intermediate_size, layer.skip or []) for layer in back.config.per_layer_config]
+    assert layers == [(64, []), (32, ["attention"]), (96, [])]
+    assert [back.config.per_layer_config[index].num_key_value_heads for index in (0, 2)] == [1, 2]
+    assert back.config.per_layer_config[2].linear_form("o_proj").bias
+    ids = torch.arange(2, 22).view(2, 10)
+    with torch.no_grad():
+        torch.testing.assert_close(back(ids).logits, ours(ids).logits, rtol=1e-4, atol=1e-4)
+    if keep_integers:
+        forms = back.config.per_layer_config[0].linear_forms
+        assert set(forms) == set(LINEARS) and all(form["bits"] == 8 for form in forms.values())
 
 
 @pytest.mark.parametrize("run", RUNS)
