@@ -1,7 +1,7 @@
 """The stock configuration that a GGUF file's metadata describes, and what its layers have of their own.
 
-llama.cpp writes Mistral as the architecture `llama`, and a Llama whose layers differ as `deci`. What a file says about the model is used or refused, never passed
-over: a key of its architecture that is not listed here is an error.
+llama.cpp writes Mistral as the architecture `llama`, and a Llama whose layers differ as `deci`. What a file says about
+the model is used or refused, never passed over: a key of its architecture that is not listed here is an error.
 """
 
 from typing import Any
