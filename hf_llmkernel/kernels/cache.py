@@ -34,13 +34,13 @@ class _Room:
             return self.tensor
         return self.tensor[:, :, self.begin : self.begin + self.length]
 
-    def make(self) -> None:
-        """Room for one more token, of which there is some already or the tensor becomes a larger one."""
+    def make(self, tokens: int) -> None:
+        """Room for more tokens, of which there is some already or the tensor becomes a larger one."""
         assert self.tensor is not None
-        if self.begin + self.length < self.tensor.shape[2] and self.tensor.is_contiguous():
+        if self.begin + self.length + tokens <= self.tensor.shape[2] and self.tensor.is_contiguous():
             return
         batch, heads, _, head_dim = self.tensor.shape
-        capacity = self.length + max(self.length // 2, LEAST_ROOM)
+        capacity = self.length + max(self.length // 2, tokens + LEAST_ROOM)
         larger = self.tensor.new_empty(batch, heads, capacity, head_dim)
         larger[:, :, : self.length] = self.tensor[:, :, self.begin : self.begin + self.length]
         self.tensor, self.begin = larger, 0
@@ -87,31 +87,31 @@ class _RoomyStates:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "addresses": None}
 
-    def place(self) -> tuple[int, ...] | None:
-        """Where the native step finds all this and writes the next token: `llmk_cache`, its mask offset left 0.
+    def place(self, tokens: int) -> tuple[int, ...] | None:
+        """Where a native call finds all this and writes the next tokens: `llmk_cache`, its mask offset left 0.
 
         `None` where there is nothing yet, or nothing that it can write into.
         """
         room = self.key_room
         places = self.addresses
-        if places is None or room.begin + room.length >= places[-1]:
-            places = self.addresses = self._make_room()
+        if places is None or room.begin + room.length + tokens > places[-1]:
+            places = self.addresses = self._make_room(tokens)
         if places is None:
             return None
         keys, values, batch, head, token, kind, size, _ = places
         offset = room.begin * token * size
         return keys + offset, values + offset, batch, head, token, room.length, 0, kind
 
-    def _make_room(self) -> tuple[int, ...] | None:
+    def _make_room(self, tokens: int) -> tuple[int, ...] | None:
         states, others = self.keys, self.values
-        if self.record_past or states is None or others is None or states.dim() != 4 or not states.numel():
+        if self.record_past or states is None or others is None or states.dim() != 4:
             return None
         if states.shape != others.shape or states.dtype != others.dtype or self.key_room.begin != self.value_room.begin:
             return None
         if states.device.type != "cpu" or states.dtype not in (torch.float32, torch.bfloat16):
             return None
-        self.key_room.make()
-        self.value_room.make()
+        self.key_room.make(tokens)
+        self.value_room.make(tokens)
         keys, values = self.key_room.tensor, self.value_room.tensor
         assert keys is not None and values is not None
         batch, head, token, _ = keys.stride()
@@ -131,25 +131,25 @@ class RoomyLayer(_RoomyStates, DynamicLayer):
         for room in (self.key_room, self.value_room):
             room.length = max(room.length + tokens_to_remove, 0)
 
-    def extend(self) -> None:
-        """Counts the token that the native step has written."""
-        self.key_room.length += 1
-        self.value_room.length += 1
+    def extend(self, tokens: int) -> None:
+        """Counts tokens that a native call has written."""
+        self.key_room.length += tokens
+        self.value_room.length += tokens
 
 
 class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
-    """A `DynamicSlidingWindowLayer` with room, which lets the oldest token go for each new one."""
+    """A `DynamicSlidingWindowLayer` with room, which lets the oldest tokens go for new ones."""
 
     def activate_past_recording(self) -> None:
         self.addresses = None
         super().activate_past_recording()
 
-    def extend(self) -> None:
-        self.cumulative_length += 1
+    def extend(self, tokens: int) -> None:
+        self.cumulative_length += tokens
         for room in (self.key_room, self.value_room):
-            gone = max(room.length + 1 - (self.sliding_window - 1), 0)
+            gone = max(room.length + tokens - (self.sliding_window - 1), 0)
             room.begin += gone
-            room.length += 1 - gone
+            room.length += tokens - gone
 
 
 def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:
@@ -168,15 +168,23 @@ def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:
     return larger
 
 
-def static_place(layer: StaticLayer) -> tuple[int, ...] | None:
-    """`_RoomyStates.place` of a static layer; `None` where it is full, empty, or not fp32 or bf16 on the CPU."""
+def start(layer: Any, batch: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Makes a layer that has cached nothing yet one of no tokens `[B, N, 0, D]`, on the CPU."""
+    states = torch.empty(batch, heads, 0, head_dim, dtype=dtype)
+    layer.lazy_initialization(states, states)
+    if type(layer) is not StaticLayer:
+        layer.keys, layer.values = states, states.clone()
+
+
+def static_place(layer: StaticLayer, tokens: int) -> tuple[int, ...] | None:
+    """`_RoomyStates.place` of a static layer; `None` where it is full, or not fp32 or bf16 on the CPU."""
     keys, values = layer.keys, layer.values
     if keys is None or values is None or keys.shape != values.shape or keys.device.type != "cpu":
         return None
     if keys.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != values.dtype:
         return None
     length = int(layer.cumulative_length)
-    if not 0 < length < keys.shape[2] or keys.stride() != values.stride() or keys.stride(-1) != 1:
+    if length + tokens > keys.shape[2] or keys.stride() != values.stride() or keys.stride(-1) != 1:
         return None
     batch, head, token, _ = keys.stride()
     return keys.data_ptr(), values.data_ptr(), batch, head, token, length, 0, TYPES[keys.dtype]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 2
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
 NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
 TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type
@@ -78,6 +78,7 @@ def load() -> ctypes.CDLL | None:
         "llmk_pack": [pointer, pointer, pointer, int32],
         "llmk_apply": [pointer, pointer, int32, int64, pointer, int32, int32],
         "llmk_decode": [pointer, pointer, pointer, int64, pointer, pointer, int64, pointer, int32, int32],
+        "llmk_read": [pointer, pointer, pointer, *[int64] * 2, pointer, pointer, *[int64] * 2, pointer, int32, int32],
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = arguments, ctypes.c_char_p

@@ -1,9 +1,9 @@
-"""One token of every sequence through a causal model in one native call: `decode`, which `forward` asks first.
+"""New tokens of every sequence through a causal model in one native call: `decode`, which `forward` asks first.
 
 A `Plan` is what the native call needs to know of a model, made once and kept while the model stays as it is. Whatever a
-plan does not cover (another module in the tree, hooks, gradients, another cache, more than one new token) is torch's.
+plan does not cover (another module in the tree, hooks, gradients, another cache) is torch's.
 
-Shapes: B batch, S tokens seen and the new one, V vocab_size.
+Shapes: B batch, T new tokens, S tokens seen and the new ones, K tokens that logits are asked of, V vocab_size.
 """
 
 import ctypes
@@ -22,11 +22,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from . import library
-from .cache import roomy, static_place
+from .cache import roomy, start, static_place
 from .layout import Layout, dense_layout, linear_of, stored_weight
 from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
 
-MOST_SEQUENCES = 16
+MOST_SEQUENCES = 16  # of a decoding step, whose way of sharing out is for few rows
 CHECKED_EVERY = 32  # tokens
 CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the length
 VERSION = operator.attrgetter("_version")
@@ -45,6 +45,7 @@ class Plan:
     watched: "Watched"
     model: Model | None = None
     kept: list[Any] = field(default_factory=list)
+    layers: Any = None  # of `model`
     attending: list[int] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     vocabulary: int = 0
@@ -65,7 +66,7 @@ class Plan:
         return self.unchecked < CHECKED_EVERY
 
     def stepped(self, cache: Cache, seen: int) -> None:
-        self.expected = seen + 1
+        self.expected = seen
         if self.cache is None or self.cache() is not cache:
             self.cache = weakref(cache)
 
@@ -115,53 +116,59 @@ def decode(
     past_key_values: Any,
     options: dict[str, Any],
 ) -> torch.Tensor | None:
-    """Logits `[B, 1, V]` of one new token a sequence, the cache extended by it; `None` where torch has to serve.
+    """Logits `[B, K, V]` of new tokens, the cache extended by all of them; `None` where torch has to serve.
 
     Args:
         model: `LLMKernelForCausalLM`.
-        input_ids: `[B, 1]`.
-        attention_mask: `None`, `[B, S]`, `[B, 1, 1, S]`, or one of these under the kind of attention.
-        position_ids: `None` or `[B, 1]`.
+        input_ids: `[B, T]`.
+        attention_mask: `None`, `[B, S]`, of one new token `[B, 1, 1, S]`, or one of these under the kind of attention.
+        position_ids: `None` or `[B, T]`.
         options: all else that `forward` was given; any that asks for more than logits is torch's.
     """
     logits = None
     if _is_step(model, input_ids, past_key_values, options):
-        logits = _step(model, input_ids, attention_mask, position_ids, past_key_values)
+        kept = options.get("logits_to_keep") or None
+        logits = _step(model, input_ids, attention_mask, position_ids, past_key_values, kept)
     library.leave_to_torch(native=logits is not None)
     return logits
 
 
 def _step(
-    model: Any, input_ids: Any, attention_mask: Any, position_ids: torch.Tensor | None, past_key_values: Any
+    model: Any,
+    input_ids: Any,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Any,
+    kept: int | None,
 ) -> torch.Tensor | None:
     seen = int(past_key_values.get_seq_length(_first_attending(model)))
     plan = plan_of(model, past_key_values, seen)
     if plan.model is None or plan.hooked or plan.watched.takes_gradients():
         return None
-    places = _cache_places(past_key_values, plan)
-    if places is None:
-        return None
-    batch = input_ids.shape[0]
-    mask = _seen_tokens(attention_mask, batch, seen + 1)
-    positions = _positions(position_ids, batch, seen)
+    batch, new = input_ids.shape
+    mask = _seen_tokens(attention_mask, batch, seen, new)
+    positions = _positions(position_ids, batch, seen, new)
     if mask is NotImplemented or positions is None:
+        return None
+    places = _cache_places(past_key_values, plan, batch, seen, new)
+    if places is None:
         return None
     structure, tokens, table = plan.model, input_ids.to(torch.int64).contiguous(), None
     if not plan.embeds:
         structure, tokens, table = _looked_up(structure, model, tokens)
-    logits = torch.empty(batch, 1, plan.vocabulary, dtype=plan.dtype)
+    logits = torch.empty(batch, min(kept or new, new), plan.vocabulary, dtype=plan.dtype)
     _call(structure, tokens, positions, places, mask, logits)
     for index in plan.attending:
         layer = past_key_values.layers[index]
-        layer.cumulative_length.add_(1) if type(layer) is StaticLayer else layer.extend()
-    plan.stepped(past_key_values, seen)
+        layer.cumulative_length.add_(new) if type(layer) is StaticLayer else layer.extend(new)
+    plan.stepped(past_key_values, seen + new)
     return logits
 
 
 def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) -> bool:
     if model.training or type(input_ids) is not torch.Tensor:
         return False
-    if input_ids.dim() != 2 or input_ids.shape[1] != 1 or not 0 < input_ids.shape[0] <= MOST_SEQUENCES:
+    if input_ids.dim() != 2 or not input_ids.numel():
         return False
     if input_ids.device.type != "cpu" or torch._C._get_tracing_state() is not None:
         return False
@@ -182,7 +189,7 @@ def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) ->
 # ---- the cache and the call ----
 
 
-def _cache_places(cache: Any, plan: Plan) -> array | None:
+def _cache_places(cache: Any, plan: Plan, batch: int, seen: int, new: int) -> array | None:
     """`llmk_cache` of every layer, those of a dynamic cache given room; `None` where one is not writable."""
     assert plan.model is not None
     layers, kind = cache.layers, TYPES[plan.dtype]
@@ -190,17 +197,21 @@ def _cache_places(cache: Any, plan: Plan) -> array | None:
         return None
     places = [0] * (8 * plan.model.layers)
     for index in plan.attending:
+        if not layers[index].is_initialized:
+            heads = plan.layers[index].key_value_heads
+            start(layers[index], batch, heads, plan.model.head_dim, plan.dtype)
         layer = layers[index]
         if type(layer) is StaticLayer:
-            place = static_place(layer)
+            place = static_place(layer, new)
         elif (writable := roomy(layer)) is not None:
-            place = writable.place()
+            place = writable.place(new)
             layers[index] = writable
         else:
             return None
         if place is None or place[7] != kind:
             return None
         places[8 * index : 8 * index + 8] = place
+        places[8 * index + 6] = seen - place[5]  # a window has let the first tokens go
     return array("q", places)
 
 
@@ -209,7 +220,7 @@ def _first_attending(model: Any) -> int:
     return plan.attending[0] if plan is not None and plan.attending else model.model._first_cached() or 0
 
 
-def _seen_tokens(attention_mask: Any, batch: int, length: int) -> Any:
+def _seen_tokens(attention_mask: Any, batch: int, seen: int, new: int) -> Any:
     """Bytes `[B, S]`, 0 where a token is not seen, `None` where all are; `NotImplemented` for masks of other shapes."""
     if isinstance(attention_mask, dict):
         if len(attention_mask) != 1 and any(mask is not None for mask in attention_mask.values()):
@@ -219,49 +230,44 @@ def _seen_tokens(attention_mask: Any, batch: int, length: int) -> Any:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.device.type != "cpu":
         return NotImplemented
+    length = seen + new
     if attention_mask.dim() == 4:
-        if attention_mask.shape[1:3] != (1, 1):
+        if new > 1 or attention_mask.shape[1:3] != (1, 1):
             return NotImplemented
         attention_mask = attention_mask[:, 0, 0]
     if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] < length:
         return NotImplemented
-    seen = attention_mask == 0 if attention_mask.is_floating_point() else attention_mask != 0
-    seen = seen[:, :length]
-    return None if bool(seen.all()) else seen.to(torch.uint8).expand(batch, -1).contiguous()
+    shown = attention_mask == 0 if attention_mask.is_floating_point() else attention_mask != 0
+    shown = shown[:, :length]
+    return None if bool(shown.all()) else shown.to(torch.uint8).expand(batch, -1).contiguous()
 
 
-def _positions(position_ids: torch.Tensor | None, batch: int, seen: int) -> torch.Tensor | None:
+def _positions(position_ids: torch.Tensor | None, batch: int, seen: int, new: int) -> torch.Tensor | None:
     if position_ids is None:
-        return torch.full((batch,), seen)
-    if position_ids.dim() != 2 or position_ids.shape[1] != 1 or position_ids.shape[0] not in (1, batch):
+        return torch.arange(seen, seen + new).expand(batch, -1).contiguous()
+    if position_ids.dim() != 2 or position_ids.shape[1] != new or position_ids.shape[0] not in (1, batch):
         return None
-    return position_ids[:, 0].expand(batch).to(torch.int64).contiguous()
+    return position_ids.expand(batch, -1).to(torch.int64).contiguous()
 
 
 def _looked_up(structure: Model, model: Any, tokens: torch.Tensor) -> tuple[Model, torch.Tensor, torch.Tensor]:
     """The model over a table of just the rows that torch has looked up, the tokens' numbers in it, and the table."""
-    table = model.model.embed_tokens(tokens)[:, 0].float().contiguous()
+    table = model.model.embed_tokens(tokens).flatten(0, 1).float().contiguous()
     structure = Model.from_buffer_copy(structure)
     structure.embedding = _table(table)
-    return structure, torch.arange(tokens.shape[0]), table
+    return structure, torch.arange(tokens.numel()).view(tokens.shape), table
 
 
 def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: Any, logits: torch.Tensor) -> None:
     assert NATIVE is not None
-    check(
-        NATIVE.llmk_decode(
-            ctypes.byref(structure),
-            tokens.data_ptr(),
-            positions.data_ptr(),
-            tokens.shape[0],
-            places.buffer_info()[0],
-            None if mask is None else mask.data_ptr(),
-            0 if mask is None else mask.shape[1],
-            logits.data_ptr(),
-            TYPES[logits.dtype],
-            library.threads(),
-        )
-    )
+    batch, new = tokens.shape
+    rows = (ctypes.byref(structure), tokens.data_ptr(), positions.data_ptr(), batch)
+    seen = (places.buffer_info()[0], None if mask is None else mask.data_ptr(), 0 if mask is None else mask.shape[1])
+    result = (logits.data_ptr(), TYPES[logits.dtype], library.threads())
+    if new == 1 and batch <= MOST_SEQUENCES:
+        check(NATIVE.llmk_decode(*rows, *seen, *result))
+    else:
+        check(NATIVE.llmk_read(*rows, new, *seen, logits.shape[1], *result))
 
 
 # ---- the plan ----
@@ -298,10 +304,9 @@ def _model_structure(model: Any, plan: Plan) -> Model:
     layers = list(body.layers[: config.num_hidden_layers])
     plan.vocabulary = model.lm_head.out_features
     plan.attending = [index for index, layer in enumerate(layers) if layer.attends]
-    structures = (Layer * len(layers))(*(_layer_structure(layer, config, plan) for layer in layers))
+    plan.layers = (Layer * len(layers))(*(_layer_structure(layer, config, plan) for layer in layers))
     table = _embedding(body.embed_tokens, plan)
     plan.embeds = table is not None
-    plan.kept.append(structures)
     return Model(
         layers=len(layers),
         hidden=config.hidden_size,
@@ -311,7 +316,7 @@ def _model_structure(model: Any, plan: Plan) -> Model:
         rotary_scale=body.rotary_emb.attention_scaling,
         rotary_frequencies=_floats(body.rotary_emb.inv_freq, plan),
         final_norm=_norm(body.norm, plan),
-        layer=ctypes.addressof(structures),
+        layer=ctypes.addressof(plan.layers),
         head=_linear(model.lm_head, plan),
         embedding=table or Stored(),
     )

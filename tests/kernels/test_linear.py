@@ -76,7 +76,7 @@ def test_floating_weights_are_the_twins(level, dtype, shape):
     weight = torch.randn(SHAPES[shape]).to(dtype)
     layout = dense_layout(weight)
     assert layout.data.data_ptr() == weight.data_ptr()  # read where it is
-    for m in (1, 5, 8):
+    for m in (1, 5, 8, 17, 130):
         x = torch.randn(m, weight.shape[1])
         y = torch.ops.llmkernel.linear(x, layout.data, layout.description, None)
         twin = twins.linear(x, weight, 16, None)
@@ -93,7 +93,7 @@ def test_sparse_bfloat16_is_the_twin(sparsity):
         weight = torch.randn(rows, columns).to(torch.bfloat16)
         weight = weight * largest_mask(weight, form)
         layout = packed_layout(pack_weight(weight, form), form, rows, columns)
-        for m in (1, 3, 9):
+        for m in (1, 3, 9, 17, 130):
             x = torch.randn(m, columns)
             y = torch.ops.llmkernel.linear(x, layout.data, layout.description, None)
             twin = twins.linear(x, weight, 16, None)

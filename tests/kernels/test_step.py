@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.kernels import disabled, library, step
@@ -97,8 +97,8 @@ def native_calls(monkeypatch):
 
 
 def decoded(model, ids, steps=5, mask=None, cache=None, native=True, monkeypatch=None) -> torch.Tensor:
-    """Logits `[B, steps, V]` of fixed tokens after a prompt; without `native`, of torch's and native linears."""
-    logits = []
+    """Logits `[B, 1 + steps, V]` of a prompt and tokens after it; without `native`, of torch and native linears."""
+    logits, cache = [], cache or DynamicCache(config=model.config)
     with monkeypatch.context() as patch:
         if not native:
             patch.setattr(step, "_is_step", lambda *arguments: False)
@@ -110,7 +110,7 @@ def decoded(model, ids, steps=5, mask=None, cache=None, native=True, monkeypatch
             output = model(new, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             logits.append(output.logits[:, -1])
-    return torch.stack(logits[1:], dim=1)
+    return torch.stack(logits, dim=1)
 
 
 def prompt(batch: int, length: int) -> torch.Tensor:
@@ -124,10 +124,70 @@ def test_a_step_is_torchs_forward(level, model, batch, native_calls, monkeypatch
     expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
     assert not native_calls
     logits = decoded(model, ids, monkeypatch=monkeypatch)
-    assert len(native_calls) == 5
+    assert len(native_calls) == 6
     # Sums in another order tip an activation over to the next of 255 integers now and then.
     tolerance = 0.03 if '"bits"' in model.config.to_json_string() else 1e-5
     assert (logits - expected).norm() < tolerance * expected.norm()
+
+
+def read(model, ids, native=True, monkeypatch=None, **options) -> tuple[torch.Tensor, DynamicCache]:
+    """Logits of a prompt and the cache that it leaves; without `native`, torch's and native linears'."""
+    cache = options.pop("past_key_values", None) or DynamicCache(config=model.config)
+    with monkeypatch.context() as patch:
+        if not native:
+            patch.setattr(step, "_is_step", lambda *arguments: False)
+        return model(ids, past_key_values=cache, use_cache=True, **options).logits, cache
+
+
+@pytest.mark.parametrize("kinds", [["full_attention"] * 3, ["sliding_attention", "full_attention"] * 2])
+@pytest.mark.parametrize("head_dim", [10, 80])
+def test_a_long_prompt_is_torchs_forward(level, kinds, head_dim, native_calls, monkeypatch):
+    """Several runs of rows, tiles of queries and of keys, windows that end within them, and heads of odd widths."""
+    model = random_model(sliding_window=70, layer_types=kinds, num_hidden_layers=len(kinds), head_dim=head_dim)
+    ids = prompt(5, 210)
+    expected, torchs = read(model, ids, native=False, monkeypatch=monkeypatch)
+    logits, cache = read(model, ids, monkeypatch=monkeypatch)
+    assert len(native_calls) == 1
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    for layer, other in zip(cache.layers, torchs.layers, strict=True):
+        assert layer.get_seq_length() == 210
+        torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_the_last_tokens(native_calls, monkeypatch):
+    model, ids = random_model(), prompt(3, 250)  # in runs of 170 tokens each
+    expected, _ = read(model, ids, native=False, monkeypatch=monkeypatch)
+    for kept in (1, 79, 80, 81, 400):
+        logits, _ = read(model, ids, monkeypatch=monkeypatch, logits_to_keep=kept)
+        torch.testing.assert_close(logits, expected[:, -kept:], rtol=1e-4, atol=1e-4)
+    assert len(native_calls) == 5
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+def test_a_prompt_in_pieces(pad, native_calls, monkeypatch):
+    """Pieces of one token and of many after each other, behind windows that have let tokens go, and behind padding."""
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model, ids = random_model(sliding_window=8, layer_types=kinds), prompt(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :pad] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    options = {"attention_mask": mask, "position_ids": positions}
+    expected, _ = read(model, ids, native=False, monkeypatch=monkeypatch, **options)
+    cache, pieces = DynamicCache(config=model.config), []
+    for begin, end in ((0, 11), (11, 12), (12, 15), (15, 16), (16, 40)):
+        options = {"attention_mask": mask[:, :end], "position_ids": positions[:, begin:end], "past_key_values": cache}
+        pieces.append(read(model, ids[:, begin:end], monkeypatch=monkeypatch, **options)[0])
+    assert len(native_calls) == 5
+    torch.testing.assert_close(torch.cat(pieces, 1)[:, pad:], expected[:, pad:], rtol=1e-4, atol=1e-4)
+
+
+def test_more_sequences_than_a_step_takes(native_calls, monkeypatch):
+    model, ids = random_model(**CONFIGS["mixed forms"]), prompt(21, 4)
+    expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
+    logits = decoded(model, ids, monkeypatch=monkeypatch)
+    assert len(native_calls) == 6
+    assert (logits - expected).norm() < 0.03 * expected.norm()
 
 
 def test_padded_prompts(native_calls, monkeypatch):
@@ -136,7 +196,7 @@ def test_padded_prompts(native_calls, monkeypatch):
     mask[0, :4] = mask[2, :1] = 0
     expected = decoded(model, ids, mask=mask, native=False, monkeypatch=monkeypatch)
     logits = decoded(model, ids, mask=mask, monkeypatch=monkeypatch)
-    assert len(native_calls) == 5
+    assert len(native_calls) == 6
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -149,7 +209,7 @@ def test_windows(kinds, native_calls, monkeypatch):
         native_calls.clear()
         expected = decoded(model, prompt(2, length), 20, native=False, monkeypatch=monkeypatch)
         logits = decoded(model, prompt(2, length), 20, monkeypatch=monkeypatch)
-        assert len(native_calls) == 20
+        assert len(native_calls) == 21
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -160,7 +220,7 @@ def test_long_contexts_are_shared_out_among_threads(native_calls, monkeypatch):
     mask[1, :200] = 0  # whole parts that are not seen
     expected = decoded(model, prompt(2, 700), mask=mask, native=False, monkeypatch=monkeypatch)
     logits = decoded(model, prompt(2, 700), mask=mask, monkeypatch=monkeypatch)
-    assert len(native_calls) == 5
+    assert len(native_calls) == 6
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -169,7 +229,7 @@ def test_static_cache(native_calls, monkeypatch):
     expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
     cache = StaticCache(config=model.config, max_cache_len=32)
     logits = decoded(model, ids, cache=cache, monkeypatch=monkeypatch)
-    assert len(native_calls) == 5
+    assert len(native_calls) == 6
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
     assert int(cache.get_seq_length(1)) == 14
 
@@ -182,7 +242,7 @@ def test_bfloat16_stays_near_float32(native_calls, monkeypatch):
     expected = decoded(exact, ids, native=False, monkeypatch=monkeypatch)
     torchs = decoded(half, ids, native=False, monkeypatch=monkeypatch).float()
     logits = decoded(half, ids, monkeypatch=monkeypatch)
-    assert len(native_calls) == 5 and logits.dtype == torch.bfloat16
+    assert len(native_calls) == 6 and logits.dtype == torch.bfloat16
     assert (logits.float() - expected).norm() < 1.1 * (torchs - expected).norm() < 0.1 * expected.norm()
 
 
@@ -256,8 +316,8 @@ def test_a_step_follows_changes_of_the_model(native_calls, monkeypatch):
     def check() -> None:
         expected = decoded(model, ids, 2, native=False, monkeypatch=monkeypatch)
         native_calls.clear()
-        assert (decoded(model, ids, 2, monkeypatch=monkeypatch) - expected).norm() < 0.03 * expected.norm()
-        assert len(native_calls) == 2
+        assert (decoded(model, ids, 2, monkeypatch=monkeypatch) - expected).norm() < 0.05 * expected.norm()
+        assert len(native_calls) == 3
 
     check()
     model.model.layers[0].self_attn.q_proj.values.data = model.model.layers[0].self_attn.q_proj.values.data.flip(0)
@@ -336,8 +396,8 @@ def test_generate_leaves_torchs_threads_as_they_were():
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    # After the prompt, torch's own; after each native step one, for what `generate` does with the logits.
-    assert seen == [(3, 3), (1, 3), (1, 3)]
+    # After each native call one, for what `generate` does with the logits.
+    assert seen == [(1, 3), (1, 3), (1, 3)]
 
 
 def test_a_traced_graph_is_torchs_and_whole(native_calls):

@@ -10,14 +10,11 @@
 #include <exception>
 
 #include "inputs.h"
+#include "model.h"
 #include "pool.h"
 
 namespace llmk {
 namespace {
-
-bool is_low_rank(const llmk_linear& linear) { return linear.second.kind != LLMK_NONE; }
-const llmk_matrix& last_matrix(const llmk_linear& linear) { return is_low_rank(linear) ? linear.second : linear.first; }
-int64_t out_features(const llmk_linear& linear) { return last_matrix(linear).rows; }
 
 // Linears that take the same rows, with room for what is between the factors of those of a low rank.
 struct Stage {
@@ -56,47 +53,6 @@ struct Step {
 };
 
 int64_t wanted_chunks(const Step& step) { return step.threads * 4; }
-
-// ---- the embedding ----
-
-float half_to_float(uint16_t word) {
-    const int exponent = (word >> 10) & 31, fraction = word & 1023;
-    const float sign = word & 0x8000 ? -1.0f : 1.0f;
-    if (exponent == 0) return sign * std::ldexp(static_cast<float>(fraction), -24);
-    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-    return sign * std::ldexp(static_cast<float>(1024 + fraction), exponent - 25);
-}
-
-float entry(const uint8_t* p, int32_t type, int64_t at) {
-    if (type == LLMK_TYPE_U8) return p[at];
-    float x;
-    if (type == LLMK_TYPE_F32) {
-        std::memcpy(&x, p + 4 * at, 4);
-        return x;
-    }
-    uint16_t word;
-    std::memcpy(&word, p + 2 * at, 2);
-    if (type == LLMK_TYPE_F16) return half_to_float(word);
-    const uint32_t bits = static_cast<uint32_t>(word) << 16;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-void embed(const llmk_stored& table, int64_t token, float* y) {
-    const int64_t columns = table.columns, of_row = ceil_div(columns, table.group);
-    if (table.bits == 16) {
-        for (int64_t i = 0; i < columns; ++i) y[i] = entry(table.values, table.value_type, token * columns + i);
-        return;
-    }
-    const uint8_t* codes = table.values + token * (table.bits == 4 ? ceil_div(columns, 2) : columns);
-    const bool symmetric = table.zero_type == LLMK_TYPE_NONE;
-    for (int64_t i = 0; i < columns; ++i) {
-        const int64_t group = token * of_row + i / table.group;
-        const int code = table.bits == 4 ? (codes[i / 2] >> (4 * (i % 2))) & 15 : symmetric ? codes[i] ^ 0x80 : codes[i];
-        const float zero = symmetric ? (table.bits == 4 ? 8.0f : 128.0f) : entry(table.zeros, table.zero_type, group);
-        y[i] = (static_cast<float>(code) - zero) * entry(table.scales, table.scale_type, group);
-    }
-}
 
 // ---- phases of matrix products ----
 
@@ -242,15 +198,6 @@ void add_to_residual(Team& team, const Step& step, const Stage& stage, Source&& 
 }
 
 // ---- attention ----
-
-void rotate(float* x, const float* sines, const float* cosines, int64_t head_dim) {
-    const int64_t half = head_dim / 2;
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = x[i], second = x[half + i];
-        x[i] = first * cosines[i] - second * sines[i];
-        x[half + i] = second * cosines[i] + first * sines[i];
-    }
-}
 
 // One layer's view of the cached tokens and of the heads just computed.
 struct AttentionLayer {
@@ -441,11 +388,7 @@ void make_room(Step& step, Arena& arena) {
     step.gated = arena.take<float>(m * width);
     for (int64_t i = 0; i < m; ++i) {
         embed(model.embedding, step.tokens[i], step.residual + i * model.hidden);
-        for (int64_t k = 0; k < d / 2; ++k) {
-            const float angle = static_cast<float>(step.positions[i]) * model.rotary_frequencies[k];
-            step.sines[i * d / 2 + k] = std::sin(angle) * model.rotary_scale;
-            step.cosines[i * d / 2 + k] = std::cos(angle) * model.rotary_scale;
-        }
+        rotation(model, step.positions[i], step.sines + i * (d / 2), step.cosines + i * (d / 2));
     }
 }
 

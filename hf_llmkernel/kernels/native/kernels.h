@@ -19,12 +19,15 @@ struct Inputs {
 
 constexpr int64_t kTile = 128;  // rows of activations of which a part and the sums stay in the first-level cache
 
-// Rows of activations for products of many: a tile of them, 32 columns of all rows before the next 32.
+// Rows of activations for products of many: a tile of them, 32 columns of all rows before the next 32. All parts have room
+// for kTile rows.
 struct Tile {
-    int64_t rows = 0;                // up to kTile, which all parts have room for
-    const int8_t* codes = nullptr;   // [padded / 32, kTile, 32]
-    const float* scales = nullptr;   // [padded / 32, kTile]
-    const int32_t* sums = nullptr;   // the same
+    int64_t rows = 0;
+    const int8_t* codes = nullptr;    // [padded / 32, kTile, 32]
+    const float* scales = nullptr;    // [padded / 32, kTile]
+    const int32_t* sums = nullptr;    // the same
+    const uint16_t* bf16 = nullptr;   // as codes, zero behind the columns
+    const float* floats = nullptr;    // the same
 };
 
 // Queries of the heads that share one head of keys and values, over a run of cached tokens.
@@ -43,6 +46,29 @@ struct Attention {
     float* total;         // [heads]: the sum of exp(score - largest)
 };
 
+// A run of a prompt's tokens, of the heads that share one head of keys and values, over all cached tokens up to their own.
+struct PromptAttention {
+    const float* queries;  // [tokens, heads, head_dim], scaled
+    int64_t query_stride;  // from one token to the next
+    int64_t tokens;
+    int64_t heads;
+    int64_t head_dim;
+    const uint8_t* keys;  // of the first cached token
+    const uint8_t* values;
+    int64_t token_stride;
+    int32_t type;
+    int64_t first;        // index in the cache of the first token here
+    int64_t window;       // tokens seen, the own one included; 0 for all
+    const uint8_t* mask;  // NULL, or a byte a cached token, 0 where it is not seen
+    float* output;        // [tokens, heads, head_dim]
+    int64_t output_stride;
+    float* scratch;  // of `scratch_floats`
+    static int64_t scratch_floats(int64_t tokens, int64_t heads, int64_t head_dim) {
+        const int64_t padded = round_up(head_dim, 16), rows = round_up(tokens * heads, 8);
+        return 64 * (head_dim + padded) + rows * (padded + 2);
+    }
+};
+
 struct Kernels {
     const char* name;
     bool expands;  // whether sparse layouts are understood
@@ -53,12 +79,13 @@ struct Kernels {
     void (*to_floats)(const uint16_t* x, int64_t columns, float* y);
     // out[m * stride + row] for the rows of some blocks of 16; rows of the first block begin at out[0].
     void (*multiply)(const llmk_matrix& w, const Inputs& x, int64_t first_block, int64_t end_block, float* out, int64_t stride);
-    // The same for a tile of rows and integer matrices.
+    // The same for a tile of rows.
     void (*multiply_tile)(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride);
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* y);
     void (*add)(const float* x, const float* bias, int64_t columns, float* y);  // y += x (+ bias)
     void (*activate)(int32_t activation, const float* gate, const float* up, int64_t columns, float* y);
     void (*attend)(const Attention& a);
+    void (*attend_prompt)(const PromptAttention& a);
 };
 
 extern const Kernels kPortable;

@@ -210,12 +210,8 @@ inline void sparse_bf16_block(const llmk_matrix& w, const uint8_t* record, const
     for (int i = 0; i < M; ++i) out[i] = f_zero();
     for (int64_t column = 0; column < x.padded; column += 2, ++masks) {
         prefetch(values + 1024);
-        const uint8_t* after = values;
-        for (int i = 0; i < M; ++i) {
-            after = values;
-            out[i] = dot_expanded_bf16(out[i], *masks, after, x.bf16 + (m + i) * x.padded + column);
-        }
-        values = after;
+        const Floats pairs = expand_pairs(*masks, values);
+        for (int i = 0; i < M; ++i) out[i] = dot_pair(out[i], pairs, x.bf16 + (m + i) * x.padded + column);
     }
 }
 #endif
@@ -456,5 +452,7 @@ void attend(const Attention& a) {
     if (a.type == LLMK_TYPE_BF16) attend_all<Bf16States>(a);
     else attend_all<FloatStates>(a);
 }
+
+#include "prompt_attention.inl"
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace {
 
 constexpr bool kExpands = false;
 constexpr int32_t kWideOffset = 128;
+constexpr int kWideVectors = 1;
 
 struct Floats {
     __m256 a, b;
@@ -113,6 +114,15 @@ inline Floats f_sums(const Floats x[16]) {
     return f_load(sums);
 }
 
+inline void f_turn(Floats x[16]) {
+    float square[16][16], column[16];
+    for (int i = 0; i < 16; ++i) f_store(square[i], x[i]);
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) column[j] = square[j][i];
+        x[i] = f_load(column);
+    }
+}
+
 inline Ints i_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Codes c_load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -153,6 +163,16 @@ inline Floats dot_bf16_some(Floats acc, const uint16_t* w, const uint16_t* x, in
     uint16_t some[32] = {};
     for (int64_t i = 0; i < count; ++i) some[i] = w[i];
     return dot_bf16(acc, some, x);
+}
+inline __m256 pair_of_eight(__m256 acc, __m256 words, __m256 first, __m256 second) {
+    const __m256i bits = _mm256_castps_si256(words);
+    acc = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), first, acc);
+    return _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(-65536))), second, acc);
+}
+inline __m256 word_of_all(uint16_t word) { return _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int32_t>(word) << 16)); }
+inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
+    const __m256 first = word_of_all(x[0]), second = word_of_all(x[1]);
+    return {pair_of_eight(acc.a, words.a, first, second), pair_of_eight(acc.b, words.b, first, second)};
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

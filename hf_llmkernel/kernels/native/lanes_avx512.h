@@ -8,6 +8,8 @@ namespace {
 constexpr bool kExpands = true;    // packed values spread by a mask in one instruction
 constexpr int32_t kWideOffset = 0;  // what dot_wide subtracts from its codes
 
+constexpr int kWideVectors = 4;     // of a row that are summed at once, four rows at a time
+
 using Floats = __m512;
 using Ints = __m512i;
 using Codes = __m512i;  // 4 columns of 16 rows
@@ -72,6 +74,29 @@ inline Floats f_sums(const Floats x[16]) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd));
 }
 
+// Sixteen vectors as a square, turned over its diagonal.
+inline void f_turn(Floats x[16]) {
+    Floats a[16], b[16];
+    for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]);
+        a[2 * i + 1] = _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]);
+    }
+    for (int i = 0; i < 4; ++i)  // b[4 i + c]: of every 128 bits, lane c of rows 4 i ... 4 i + 3
+        for (int half = 0; half < 2; ++half) {
+            const __m512d first = _mm512_castps_pd(a[4 * i + half]), second = _mm512_castps_pd(a[4 * i + 2 + half]);
+            b[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+            b[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+        }
+    for (int c = 0; c < 4; ++c) {
+        const Floats even = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+        const Floats more = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88), last = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+        x[c] = _mm512_shuffle_f32x4(even, more, 0x88);
+        x[4 + c] = _mm512_shuffle_f32x4(odd, last, 0x88);
+        x[8 + c] = _mm512_shuffle_f32x4(even, more, 0xdd);
+        x[12 + c] = _mm512_shuffle_f32x4(odd, last, 0xdd);
+    }
+}
+
 inline Ints i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline int32_t four(const int8_t* p) {
     int32_t x;
@@ -116,13 +141,17 @@ inline Floats dot_bf16_some(Floats acc, const uint16_t* w, const uint16_t* x, in
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, w)),
                             reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, x)));
 }
-// acc + two columns of 16 rows by two activations; the values as `expand_bytes`.
-inline Floats dot_expanded_bf16(Floats acc, uint32_t mask, const uint8_t*& p, const uint16_t* x) {
-    const __m512i words = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
-    p += 2 * __builtin_popcount(mask);
+// acc + two columns of 16 rows by two activations.
+inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
     int32_t pair;
     __builtin_memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(words), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
+}
+// Two columns of 16 rows; the values as `expand_bytes`, zero elsewhere.
+inline Floats expand_pairs(uint32_t mask, const uint8_t*& p) {
+    const __m512i words = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p));
+    p += 2 * __builtin_popcount(mask);
+    return _mm512_castsi512_ps(words);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -6,6 +6,7 @@ namespace {
 
 constexpr bool kExpands = false;
 constexpr int32_t kWideOffset = 0;
+constexpr int kWideVectors = 1;
 
 struct Floats {
     float of[16];
@@ -94,6 +95,15 @@ inline void f_store_codes(int8_t* p, Floats x) {
 }
 inline Floats f_sums(const Floats x[16]) { return each([=](int i) { return f_sum(x[i]); }); }
 
+inline void f_turn(Floats x[16]) {
+    float square[16][16], column[16];
+    for (int i = 0; i < 16; ++i) f_store(square[i], x[i]);
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) column[j] = square[j][i];
+        x[i] = f_load(column);
+    }
+}
+
 inline Ints i_set(int32_t x) {
     Ints y;
     for (int i = 0; i < 16; ++i) y.of[i] = x;
@@ -126,6 +136,11 @@ inline Floats dot_bf16(Floats acc, const uint16_t* w, const uint16_t* x) {
 inline Floats dot_bf16_some(Floats acc, const uint16_t* w, const uint16_t* x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) acc.of[i % 16] += of_bf16(w[i]) * of_bf16(x[i]);
     return acc;
+}
+inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
+    uint16_t pairs[32];
+    __builtin_memcpy(pairs, words.of, 64);
+    return each([&](int i) { return acc.of[i] + of_bf16(pairs[2 * i]) * of_bf16(x[0]) + of_bf16(pairs[2 * i + 1]) * of_bf16(x[1]); });
 }
 
 inline void prefetch(const void*) {}

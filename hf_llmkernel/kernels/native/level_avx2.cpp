@@ -3,6 +3,7 @@
 
 namespace llmk {
 
-const Kernels kAvx2 = {"avx2", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile, rms_norm, add, activate, attend};
+const Kernels kAvx2 = {"avx2", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile,
+                        rms_norm, add, activate, attend, attend_prompt};
 
 }  // namespace llmk

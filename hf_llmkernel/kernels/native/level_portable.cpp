@@ -3,6 +3,7 @@
 
 namespace llmk {
 
-const Kernels kPortable = {"portable", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile, rms_norm, add, activate, attend};
+const Kernels kPortable = {"portable", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile,
+                        rms_norm, add, activate, attend, attend_prompt};
 
 }  // namespace llmk

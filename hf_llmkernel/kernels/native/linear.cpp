@@ -108,22 +108,17 @@ void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
             const auto* begin = static_cast<const uint8_t*>(x) + row * columns * type_bytes(x_type);
             outer.fill_row(row, as_floats(begin, x_type, columns, converted));
         });
-        const auto finish = [&](const Part& part) { finish_part(call, part); };
-        if (!low_rank) return multiply_tiles(team, first, outer, finish);
-        multiply_tiles(team, first, outer, [&](const Part& part) {
-            for (int64_t i = 0; i < part.rows; ++i)
-                std::memcpy(middle + (part.first_row + i) * first.rows + part.first_output, part.sums + i * part.stride,
-                            static_cast<size_t>(part.outputs) * sizeof(float));
-        });
+        const Factor factors[] = {{&first, &outer}, {&second, &inner}};
+        const auto finish = [&](int, const Part& part) { finish_part(call, part); };
+        if (!low_rank) return multiply_tiles(team, factors, 1, finish);
+        multiply_tiles(team, factors, 1, [&](int, const Part& part) { copy_part(part, middle, first.rows); });
         run_rows(team, call.m, [&](int64_t row) { inner.fill_row(row, middle + row * first.rows); });
-        multiply_tiles(team, second, inner, finish);
+        multiply_tiles(team, factors + 1, 1, finish);
     });
 }
 
 void apply(const Call& call, const void* x, int32_t x_type, int threads) {
-    const llmk_matrix &first = call.linear.first, &second = call.linear.second;
-    const bool integer = is_integer(first.kind) && (second.kind == LLMK_NONE || is_integer(second.kind));
-    if (integer && call.m >= kManyRows) apply_tiles(call, x, x_type, threads);
+    if (call.m >= kManyRows) apply_tiles(call, x, x_type, threads);
     else apply_rows(call, x, x_type, threads);
 }
 

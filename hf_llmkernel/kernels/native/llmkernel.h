@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #define LLMK_API extern "C" __attribute__((visibility("default")))
-#define LLMK_ABI 1
+#define LLMK_ABI 2
 
 enum llmk_kind : int32_t {
     LLMK_NONE = 0,
@@ -123,3 +123,11 @@ LLMK_API const char* llmk_apply(
 LLMK_API const char* llmk_decode(
     const llmk_model* model, const int64_t* tokens, const int64_t* positions, int64_t batch, const llmk_cache* caches,
     const uint8_t* mask, int64_t mask_stride, void* logits, int32_t logits_type, int threads);
+
+// Some tokens of every sequence through the whole model, as many of each: logits [batch, kept, vocabulary] of the last ones.
+//   tokens, positions: [batch, length]
+//   mask: as above; a token sees what the mask shows of those up to itself
+LLMK_API const char* llmk_read(
+    const llmk_model* model, const int64_t* tokens, const int64_t* positions, int64_t batch, int64_t length,
+    const llmk_cache* caches, const uint8_t* mask, int64_t mask_stride, int64_t kept, void* logits, int32_t logits_type,
+    int threads);

@@ -1,6 +1,8 @@
 // Products of many rows of activations: the tiles that they are cut into, and the sharing out of their products.
 #pragma once
 
+#include <cstring>
+
 #include "inputs.h"
 #include "pool.h"
 
@@ -8,7 +10,7 @@ namespace llmk {
 
 constexpr int64_t kManyRows = 16;  // from here on tiles are faster than rows one by one
 
-// Rows of activations as tiles, for all integer matrices that take them.
+// Rows of activations as tiles, for all matrices that take them.
 class TileSet {
   public:
     TileSet() = default;
@@ -20,8 +22,12 @@ class TileSet {
     void add(Arena& arena, const llmk_matrix& w) {
         if (find(w) != nullptr) return;
         Form& form = forms_[count_++];
-        form = {padding_group(w), padded_columns(w) / kSegment, nullptr, nullptr, nullptr};
+        form.kind = kind_of(w);
+        form.segments = is_integer(w.kind) ? padded_columns(w) / kSegment : ceil_div(w.columns, kSegment);
         const int64_t entries = tiles() * form.segments * kTile;
+        if (form.kind == kWords) form.bf16 = arena.take<uint16_t>(entries * kSegment);
+        if (form.kind == kFloats) form.floats = arena.take<float>(entries * kSegment);
+        if (form.kind < 0) return;
         form.codes = arena.take<int8_t>(entries * kSegment);
         form.scales = arena.take<float>(entries);
         form.sums = arena.take<int32_t>(entries);
@@ -31,28 +37,53 @@ class TileSet {
         for (int i = 0; i < count_; ++i) {
             const Form& form = forms_[i];
             const int64_t at = row / kTile * form.segments * kTile + row % kTile;
-            kernels().quantize(x, columns_, form.group, kTile, form.codes + at * kSegment, form.scales + at, form.sums + at);
+            if (form.kind >= 0)
+                kernels().quantize(x, columns_, form.kind, kTile, form.codes + at * kSegment, form.scales + at, form.sums + at);
+            for (int64_t segment = 0; form.kind < 0 && segment < form.segments; ++segment)
+                fill_segment(form, (at + segment * kTile) * kSegment, x + segment * kSegment,
+                             smaller(kSegment, columns_ - segment * kSegment));
         }
     }
 
     Tile of(const llmk_matrix& w, int64_t tile) const {
         const Form& form = *find(w);
         const int64_t at = tile * form.segments * kTile;
-        return {smaller(kTile, rows_ - tile * kTile), form.codes + at * kSegment, form.scales + at, form.sums + at};
+        Tile x;
+        x.rows = smaller(kTile, rows_ - tile * kTile);
+        if (form.kind == kWords) x.bf16 = form.bf16 + at * kSegment;
+        if (form.kind == kFloats) x.floats = form.floats + at * kSegment;
+        if (form.kind < 0) return x;
+        x.codes = form.codes + at * kSegment;
+        x.scales = form.scales + at;
+        x.sums = form.sums + at;
+        return x;
     }
 
   private:
+    static constexpr int64_t kWords = -1, kFloats = -2;
+
     struct Form {
-        int64_t group, segments;
+        int64_t kind, segments;  // the padding group of integers, or one of the above
         int8_t* codes;
         float* scales;
         int32_t* sums;
+        uint16_t* bf16;
+        float* floats;
     };
+
+    static int64_t kind_of(const llmk_matrix& w) {
+        return is_integer(w.kind) ? padding_group(w) : w.kind == LLMK_F32 ? kFloats : kWords;
+    }
 
     const Form* find(const llmk_matrix& w) const {
         for (int i = 0; i < count_; ++i)
-            if (forms_[i].group == padding_group(w)) return &forms_[i];
+            if (forms_[i].kind == kind_of(w)) return &forms_[i];
         return nullptr;
+    }
+
+    static void fill_segment(const Form& form, int64_t at, const float* x, int64_t columns) {
+        if (form.kind == kWords) return kernels().to_bf16(x, columns, kSegment, form.bf16 + at);
+        for (int64_t i = 0; i < kSegment; ++i) form.floats[at + i] = i < columns ? x[i] : 0.0f;
     }
 
     int64_t rows_ = 0, columns_ = 0;
@@ -76,23 +107,74 @@ struct Part {
     int64_t stride;
 };
 
-// The product of a matrix, every part of it handed to `done` where it is computed. A run of blocks goes through all tiles
-// before the next: weights are read once, activations stay near.
+// To its place in y [M, outputs].
+inline void copy_part(const Part& part, float* y, int64_t outputs) {
+    for (int64_t i = 0; i < part.rows; ++i)
+        std::memcpy(y + (part.first_row + i) * outputs + part.first_output, part.sums + i * part.stride,
+                    static_cast<size_t>(part.outputs) * sizeof(float));
+}
+
+// A matrix and the rows that it multiplies.
+struct Factor {
+    const llmk_matrix* w;
+    const TileSet* x;
+};
+
+// Parts of products: a run of blocks goes through all tiles before the next, so that weights are read once.
+class PartsOf {
+  public:
+    PartsOf(const Factor& factor, int threads)
+        : factor_(factor), tiles_(factor.x->tiles()), blocks_(blocks(*factor.w)),
+          size_(larger(1, smaller(8, ceil_div(blocks_ * tiles_, threads * 4)))) {}
+    int64_t count() const { return tiles_ * ceil_div(blocks_, size_); }
+    Part multiply(int64_t index, float* sums) const {
+        const int64_t tile = index % tiles_, first = index / tiles_ * size_, end = smaller(first + size_, blocks_);
+        const Tile x = factor_.x->of(*factor_.w, tile);
+        kernels().multiply_tile(*factor_.w, x, first, end, sums, size_ * kBlock);
+        const int64_t rows = smaller(end * kBlock, factor_.w->rows);
+        return {tile * kTile, x.rows, first * kBlock, rows - first * kBlock, sums, size_ * kBlock};
+    }
+
+  private:
+    Factor factor_;
+    int64_t tiles_, blocks_, size_;
+};
+
+constexpr int64_t kMostSums = kTile * 8 * kBlock;  // of a part
+
+// Products, every part of them handed to `done(index of the factor, part)` where it is computed.
 template <class Done>
-void multiply_tiles(Team& team, const llmk_matrix& w, const TileSet& inputs, Done&& done) {
+void multiply_tiles(Team& team, const Factor* factors, int count, Done&& done) {
     static thread_local Arena arena;
-    const int64_t tiles = inputs.tiles();
-    const int64_t size = larger(1, smaller(8, ceil_div(blocks(w) * tiles, team.threads() * 4))), stride = size * kBlock;
     float* sums = nullptr;
+    int64_t total = 0;
+    for (int i = 0; i < count; ++i) total += PartsOf(factors[i], team.threads()).count();
     const auto prepare = [&] {
         arena.clear();
-        sums = arena.take<float>(kTile * stride);
+        sums = arena.take<float>(kMostSums);
     };
-    team.run(tiles * ceil_div(blocks(w), size), prepare, [&](int64_t chunk) {
-        const int64_t tile = chunk % tiles, first = chunk / tiles * size, end = smaller(first + size, blocks(w));
-        const Tile x = inputs.of(w, tile);
-        kernels().multiply_tile(w, x, first, end, sums, stride);
-        done(Part{tile * kTile, x.rows, first * kBlock, smaller(end * kBlock, w.rows) - first * kBlock, sums, stride});
+    team.run(total, prepare, [&](int64_t index) {
+        for (int i = 0; i < count; ++i) {
+            const PartsOf parts(factors[i], team.threads());
+            if (index < parts.count()) return done(i, parts.multiply(index, sums));
+            index -= parts.count();
+        }
+    });
+}
+
+// The same for two matrices of one shape whose parts are needed together.
+template <class Done>
+void multiply_paired_tiles(Team& team, const Factor* factors, Done&& done) {
+    static thread_local Arena arena;
+    float* sums = nullptr;
+    const PartsOf parts(factors[0], team.threads()), others(factors[1], team.threads());
+    const auto prepare = [&] {
+        arena.clear();
+        sums = arena.take<float>(2 * kMostSums);
+    };
+    team.run(parts.count(), prepare, [&](int64_t index) {
+        const Part first = parts.multiply(index, sums);
+        done(first, others.multiply(index, sums + kMostSums));
     });
 }
 
