@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_llmkernel.cli import main
 from hf_llmkernel.compress import Recipe
 from hf_llmkernel.data import load_documents, split_documents, token_windows
+from hf_llmkernel.quickstart import build_recipe
 
 from .compress.conftest import TINY, WORDS, word_tokenizer
 
@@ -38,8 +39,9 @@ def text(tmp_path_factory):
 
 
 def arguments(output, source, text, *more):
-    small = ["--align", "8", "--samples", "8", "--length", "64", "--context", "64", "--tokens", "192"]
-    return list(map(str, ["quickstart", "--output", output, "--model", source, "--text", text, *small, *more]))
+    small = ["--ratio", "0.125", "--align", "8", "--samples", "8", "--length", "64"]
+    given = ["--output", output, "--model", source, "--text", text, *small, "--context", "64", "--tokens", "192"]
+    return list(map(str, ["quickstart", *given, *more]))
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +65,22 @@ def test_both_folders_are_whole_checkpoints(finished):
     assert not output.with_name("result.part").exists()
 
 
-def test_compressed_is_pruned_by_an_eighth_and_int8(finished):
+def test_compressed_is_pruned_by_an_eighth_and_int4(finished):
     output, result = finished
     config = json.loads((output / "compressed" / "config.json").read_text())
     assert config["intermediate_size"] == 56 and config["dtype"] == "bfloat16"
-    assert {form["bits"] for form in config["linear_forms"].values()} == {8} and len(config["linear_forms"]) == 7
+    assert {form["bits"] for form in config["linear_forms"].values()} == {4} and len(config["linear_forms"]) == 7
+    assert config["embed_tokens_form"]["bits"] == 4 and config["embed_tokens_form"]["group_size"] == 32
     assert result["notes"][-1].startswith("feed-forward neurons a layer: 64 before, 56 after (12.50% removed")
     stages = Recipe.load(output / "compressed" / "recipe.yaml").stages
-    assert [stage.name for stage in stages] == ["prune_ffn", "quantize"]
+    assert [stage.name for stage in stages] == ["prune_ffn", "quantize", "quantize"]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nothing_is_pruned_unless_asked(bits):
+    recipe = build_recipe(bits, 0.0, 64, {"source": "bbc"}, {"source": "bbc"})
+    assert {(stage.name, stage.bits) for stage in recipe.stages} == {("quantize", bits)}
+    assert recipe.stages[-1].embeddings and recipe.dtype == "bfloat16"
 
 
 def test_perplexities_are_those_of_the_saved_models(finished, text):
@@ -138,6 +148,7 @@ def test_output_in_the_way_is_left_alone(finished, source, text, capsys):
     ("more", "message"),
     [
         (["--ratio", "1"], "ratio=1"),
+        (["--bits", "3"], "bits=3: must be 8 or 4"),
         (["--align", "64"], "ratio=0.125: of 64 leaves 56"),
         (["--samples", "20000"], "lower either or give a longer text"),
         (["--context", "129"], "evaluation.context=129: is above"),
