@@ -29,6 +29,8 @@ EMBEDDING_INT4 = {
 }
 RECIPES: dict[str, list[Any]] = {
     "int8 g64, rtn": [{"quantize": {"bits": 8, "group_size": 64}}],
+    "bitsandbytes nf4": [{"bitsandbytes": {"quant_type": "nf4"}}],
+    "bitsandbytes nf4, double quantization": [{"bitsandbytes": {"quant_type": "nf4", "double_quant": True}}],
     "int4 g64, rtn": [{"quantize": INT4}],
     "int4 g64, rtn, searched scales": [{"quantize": {**INT4, "scale_search": True}}],
     "int4 g64, GPTQ as in the paper": [
