@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
     from hf_llmkernel.evaluate import Report, evaluate, inspect
     from hf_llmkernel.generate.cache import IntegerCache
+    from hf_llmkernel.generate.paging import load_paged
     from hf_llmkernel.model.configuration_llm_kernel import LinearForm, LLMKernelConfig
     from hf_llmkernel.model.modeling_llm_kernel import (
         LLMKernelForCausalLM,
@@ -50,6 +51,7 @@ __all__ = [
     "evaluate",
     "export_checkpoint",
     "inspect",
+    "load_paged",
     "pack_zeros",
     "preset_config",
 ]
@@ -68,6 +70,7 @@ _MODULE_OF = {
     "Report": "hf_llmkernel.evaluate",
     "preset_config": "hf_llmkernel.presets",
     "IntegerCache": "hf_llmkernel.generate.cache",
+    "load_paged": "hf_llmkernel.generate.paging",
     "LLMKernelPruner": "hf_llmkernel.compress.optimum",
     "LLMKernelPruningConfig": "hf_llmkernel.compress.optimum",
     "LLMKernelQuantizationConfig": "hf_llmkernel.compress.optimum_quantize",

@@ -15,6 +15,7 @@ from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import build_embedding, build_linear
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer, LLMKernelRMSNorm, LLMKernelRotaryEmbedding
 from .bitsandbytes import BitsAndBytes, encoded_linears
+from .header import StoredTensor
 from .reader import CheckpointReader
 
 EXACT_SUFFIXES = ("scales", "zero_points")  # keep the dtype of their form, whatever the model's
@@ -73,6 +74,12 @@ class ModelFolder:
         source = self._sources[index]
         path = f"{self.prefix}layers.{source}."
         return {name.removeprefix(path): self.reader.tensor(name) for name in self._blocks.get(source, [])}
+
+    def stored_block(self, index: int) -> dict[str, StoredTensor]:
+        """Where the same tensors lie."""
+        source = self._sources[index]
+        path = f"{self.prefix}layers.{source}."
+        return {name.removeprefix(path): self.reader.stored(name) for name in self._blocks.get(source, [])}
 
     def layer_config(self, index: int) -> LLMKernelConfig:
         """A layer's own configuration, a copy."""

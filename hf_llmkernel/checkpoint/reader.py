@@ -57,6 +57,10 @@ class CheckpointReader:
         """The file that holds a tensor."""
         return self._entry(key).path
 
+    def stored(self, key: str) -> StoredTensor:
+        """Where a tensor lies."""
+        return self._entry(key)
+
     def tensor(self, key: str) -> torch.Tensor:
         """One whole tensor in memory of its own. Raises `ValueError` naming key and file where it is not finite."""
         entry = self._entry(key)

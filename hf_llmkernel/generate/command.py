@@ -30,15 +30,19 @@ def generate(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     cache: CacheKind = "full",
+    memory: Annotated[
+        str | None, typer.Option(help="Most that the process may take, as in 1.5GB: what does not fit is read again.")
+    ] = None,
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
 
     Raises:
-        ValueError: `top_p`, `dtype` or `cache` outside their range, or `chat` without a template.
+        ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, or less `memory` than
+            two blocks of the model need.
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
-    network, tokenizer = load(model, dtype)
+    network, tokenizer = load(model, dtype) if memory is None else load_within(model, dtype, memory)
     inputs = encode_prompt(tokenizer, prompt, chat)
     check_tokens(network, inputs["input_ids"])
     if bits is not None:
@@ -83,6 +87,23 @@ def load(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, PreTrainedT
         return network, AutoTokenizer.from_pretrained(model)
     except ValueError as error:
         raise ValueError(f"model={model}: has no readable tokenizer ({error}); put its files there.") from error
+
+
+def load_within(model: str, dtype: str, memory: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The same, of a folder of this family, with weights that do not fit in memory read at every token."""
+    from transformers import AutoTokenizer
+
+    from ..convert.command import parse_size
+    from ..evaluate.source import read_config
+    from .paging import load_paged
+
+    size = parse_size(memory, "memory")
+    if dtype != "auto":
+        raise ValueError(f"dtype={dtype}: with memory the checkpoint's own is computed in; leave it out.")
+    if not Path(model).is_dir() or read_config(Path(model)).get("model_type") != MODEL_TYPE:
+        raise ValueError(f"model={model}: is no folder of this family, which memory takes; use llmkernel convert.")
+    check_weights(Path(model))
+    return load_paged(model, size), AutoTokenizer.from_pretrained(model)
 
 
 def check_weights(folder: Path) -> None:

@@ -384,7 +384,8 @@ class PackedWeight(nn.Module):
     def _may_keep(self) -> bool:
         values = self.values
         needs_gradient = torch.is_grad_enabled() and values.requires_grad
-        offloaded = hasattr(self, "_hf_hook")  # its tensors come and go with every call
+        # The tensors of one that is offloaded, or paged, come and go with every call.
+        offloaded = hasattr(self, "_hf_hook") or hasattr(self, "_paging")
         stable = not (self.training or needs_gradient or offloaded or torch.compiler.is_compiling())
         return stable and type(values.data) is torch.Tensor and not values.is_inference()
 

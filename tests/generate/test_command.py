@@ -81,6 +81,20 @@ def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
         generate(str(tmp_path), "w1", chat=True)
 
 
+def test_with_little_memory_the_text_is_the_same(tmp_path, tiny_checkpoint, greedy_text, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="is no folder of this family, which memory takes; use llmkernel convert"):
+        generate(str(tmp_path), "w1", memory="4GB")
+    ours = str(tiny_checkpoint)
+    with pytest.raises(ValueError, match=r"memory=0.00 GB: the interpreter, the embedding and two blocks take"):
+        generate(ours, "w1", memory="1MB")
+    with pytest.raises(ValueError, match="dtype=float32: with memory the checkpoint's own is computed in"):
+        generate(ours, "w1", memory="4GB", dtype="float32")
+    monkeypatch.setattr("hf_llmkernel.generate.paging.pinned_blocks", lambda *sizes: 0)
+    result = generate(ours, "w1 w2 w3", max_new_tokens=12, chat=False, memory="4GB")
+    assert result["text"] == greedy_text("w1 w2 w3") != ""
+
+
 def test_a_damaged_or_foreign_folder_is_told_by_name(tiny_checkpoint, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_checkpoint, folder)
