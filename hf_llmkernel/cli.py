@@ -83,6 +83,10 @@ COMMANDS = {
         "hf_llmkernel.generate.chat:chat",
         "Talk with a model in the terminal.",
     ),
+    "serve": Command(
+        "hf_llmkernel.generate.serve:serve",
+        "Serve models over HTTP as OpenAI does, several requests at a time.",
+    ),
 }
 
 

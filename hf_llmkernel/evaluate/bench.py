@@ -42,8 +42,8 @@ def bench(
     """
     from .ceilings import product_peak
     from .machine import describe_machine, describe_versions
-    from .measure import fit_settings, longest_context, model_titles
-    from .source import model_folder
+    from .measure import fit_settings, longest_context
+    from .source import model_folder, model_titles
     from .speed import SpeedSettings, choose_dtype, measure_speed
 
     lengths, batches = _numbers("prefill", prefill), _numbers("batch", batch)

@@ -22,7 +22,7 @@ from .layout import FAMILY
 from .machine import describe_machine, describe_versions
 from .quality import Perplexity, perplexity, streamed_perplexity
 from .report import Report
-from .source import model_folder, read_config
+from .source import model_folder, model_titles, read_config
 from .speed import Speed, SpeedSettings, measure_speed
 
 
@@ -173,16 +173,6 @@ def _folder_of(model: Any, tokenizer: Any, scratch: Path) -> Path:
     if tokenizer is not None:
         tokenizer.save_pretrained(scratch)
     return scratch
-
-
-def model_titles(models: Sequence[Any]) -> list[str]:
-    """The last part of each model's path or Hub name, with its parent's where two are alike; a class, in memory."""
-    places = [Path(type(model).__name__ if isinstance(model, nn.Module) else model) for model in models]
-    places = [place.resolve() if place.is_dir() else place for place in places]
-    names = [place.name for place in places]
-    return [
-        place.name if names.count(place.name) == 1 else f"{place.parent.name}/{place.name}" for place in places
-    ]
 
 
 def _text_title(text: str | Path) -> str:

@@ -1,6 +1,7 @@
 """Where a model to be measured lies, and how its configuration is read."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def model_folder(model: str | Path) -> Path:
             f"model={str(model)!r}: is neither a folder nor a repository that the Hub serves ({reason}); check the "
             "name, the connection and the access token."
         ) from error
+
+
+def model_titles(models: Sequence[Any]) -> list[str]:
+    """The last part of each model's path or Hub name, with its parent's where two are alike; a class, in memory."""
+    places = [Path(model if isinstance(model, str | Path) else type(model).__name__) for model in models]
+    places = [place.resolve() if place.is_dir() else place for place in places]
+    names = [place.name for place in places]
+    return [
+        place.name if names.count(place.name) == 1 else f"{place.parent.name}/{place.name}" for place in places
+    ]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hf_llmkernel.data import load_documents, split_documents, token_windows
 from hf_llmkernel.evaluate import Report, compare, evaluate, measure, perplexity
 from hf_llmkernel.evaluate.ceilings import Pace
 from hf_llmkernel.evaluate.measure import fit_settings, with_baseline
+from hf_llmkernel.evaluate.source import model_titles
 from hf_llmkernel.evaluate.speed import Sample, Speed, SpeedSettings
 
 from .conftest import edit_config
@@ -121,7 +122,7 @@ def test_models_of_one_name_are_told_apart_by_their_parents(saved, tmp_path):
 
 
 def test_names_of_hub_models_and_models_in_memory(llama):
-    assert measure.model_titles(["org/tiny", llama, "other/small"]) == ["tiny", "LlamaForCausalLM", "small"]
+    assert model_titles(["org/tiny", llama, "other/small"]) == ["tiny", "LlamaForCausalLM", "small"]
 
 
 def test_nan_in_a_checkpoint_names_the_tensor(llama_folder, text):

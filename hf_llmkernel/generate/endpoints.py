@@ -1,0 +1,355 @@
+"""The HTTP side of `llmkernel serve`: OpenAI's endpoints on the handlers of `transformers serve`, run by the engine.
+
+transformers' parts read chat templates, parse tool calls and reasoning, and write the answers and their events. From
+here are what is let in (`checks.py`), limits, and where tokens come from: the engine's batches and native kernels.
+
+Reading order: the application -> limits and disconnection -> handlers -> tokens of a request to text.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as HTTPError
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, GenerationState, _StreamError
+
+from .batch import Request as Sequence
+from .checks import check_chat, check_completion, check_fields
+from .command import check_tokens
+from .engine import Engine, Served
+from .sampling import sampling_options
+from .stop import StopStrings, cut
+
+# They would warn of every request that comes in.
+logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+
+GONE = 499  # the client has closed the connection; nobody reads this
+
+
+def build_app(engine: Engine, most_tokens: int, most_requests: int) -> FastAPI:
+    """The application.
+
+    Args:
+        most_tokens: that a request may ask for, and what it gets that does not say.
+        most_requests: that may run or wait; one more is answered with 429.
+    """
+    app = FastAPI(title="llmkernel serve", docs_url=None, redoc_url=None, openapi_url=None)
+    gate = Gate(most_requests)
+    models = Models(engine)
+    chat = ChatHandler(models, most_tokens)
+    completion = TextHandler(models, most_tokens)
+    app.state.gate = gate
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await gate.answer(request, chat.handle_request)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await gate.answer(request, completion.handle_request)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        created = int(gate.started)
+        data = [{"id": name, "object": "model", "created": created, "owned_by": "llmkernel"} for name in engine.served]
+        return {"object": "list", "data": data}
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        running, waiting = engine.counts()
+        return {"status": "ok", "loaded": engine.loaded(), "running": running, "waiting": waiting}
+
+    @app.exception_handler(HTTPError)
+    async def refused(request: Request, error: HTTPError) -> JSONResponse:
+        unknown = error.detail == "Not Found"
+        message = f"{request.url.path}: is not served" if unknown else str(error.detail)
+        return error_response(error.status_code, message, error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}")
+
+    return app
+
+
+def error_response(status: int, message: str, headers: Any = None) -> JSONResponse:
+    """An error in OpenAI's form."""
+    kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+    kind = "rate_limit_error" if status == 429 else kind
+    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+
+
+class Gate:
+    """Lets requests in while there are fewer than a limit, until they are answered or their client has left."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.inside = 0
+        self.answered = 0
+        self.started = time.time()
+
+    async def answer(self, request: Request, handle: Callable[[dict, str], Awaitable[Response]]) -> Response:
+        body = await read_body(request)
+        if self.inside >= self.most:
+            message = f"{self.inside} requests are running or waiting; try again later"
+            raise HTTPException(429, message, {"Retry-After": "1"})
+        self.inside += 1
+        try:
+            response = await while_connected(request, handle(body, request.headers.get("x-request-id") or _new_id()))
+        except BaseException:
+            self.inside -= 1
+            raise
+        if isinstance(response, StreamingResponse):
+            return Events(response.body_iterator, self._leave)
+        self._leave()
+        return response
+
+    def _leave(self) -> None:
+        self.inside -= 1
+        self.answered += 1
+
+
+def _new_id() -> str:
+    return f"llmkernel-{uuid.uuid4().hex}"
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise HTTPException(400, f"the body is no JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise HTTPException(400, "the body must be a JSON object")
+    return body
+
+
+async def while_connected(request: Request, work: Awaitable[Response]) -> Response:
+    """What the work gives; it is cancelled when the client closes the connection."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnection(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return Response(status_code=GONE)
+        return task.result()
+    finally:
+        leaving.cancel()
+        task.cancel()
+
+
+async def _disconnection(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class Events(StreamingResponse):
+    """Server-sent events up to OpenAI's end mark; `leave` is called however they end."""
+
+    def __init__(self, events: Any, leave: Callable[[], None]):
+        super().__init__(self._with_end(events), media_type="text/event-stream")
+        self.events = events
+        self.leave = leave
+
+    async def _with_end(self, events: Any) -> AsyncIterator[str]:
+        async for event in events:
+            yield event
+        yield "data: [DONE]\n\n"
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.events.aclose()  # which cancels the request, if it still runs
+            self.leave()
+
+
+class Models(ModelManager):
+    """transformers' model manager, as its handlers ask it, over the engine."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.force_model = None
+
+    def named(self, name: str | None) -> str:
+        """The name of a served model; without one, of the only one."""
+        names = list(self.engine.served)
+        if name is None and len(names) == 1:
+            return names[0]
+        if name not in self.engine.served:
+            raise HTTPException(404, f"model={name!r}: is not served; there are {', '.join(names)}")
+        return name
+
+
+class State(GenerationState):
+    """Hands out, for every model, what runs its requests."""
+
+    def __init__(self, models: Models):
+        super().__init__()
+        self.models = models
+
+    def get_manager(self, model_id: str, use_cb: bool = False) -> "EngineManager":
+        return EngineManager(self.models.engine, self.models.engine.served[model_id])
+
+
+class _Handler:
+    """What both handlers do otherwise than transformers': check first, load apart, take settings as OpenAI has them."""
+
+    def __init__(self, models: Models, most_tokens: int):
+        super().__init__(models, State(models))  # type: ignore[call-arg]
+        self.models = models
+        self.most_tokens = most_tokens
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        try:
+            self._validate_request(body)
+            body["model"] = self.models.named(body.get("model"))
+            served = await self._loaded(body["model"])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from None
+        try:
+            self._check_template(served)
+            return await super().handle_request(body, request_id)  # type: ignore[misc]
+        except (ValueError, TemplateError) as error:
+            raise HTTPException(400, " ".join(str(error).split())) from None
+        finally:
+            self.models.engine.release(served)
+
+    async def _loaded(self, name: str) -> Served:
+        future = self.models.engine.use(name)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._give_back)
+            raise
+        except Exception as error:
+            raise HTTPException(503, f"model={name!r}: does not load: {' '.join(str(error).split())}") from None
+
+    def _give_back(self, future: Any) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.models.engine.release(future.result())
+
+    def _validate_request(self, body: dict) -> None:
+        raise NotImplementedError
+
+    def _check_template(self, served: Served) -> None: ...
+
+    def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
+        served = self.models.engine.served[body["model"]]
+        return served.name, served.network, served.tokenizer
+
+    def _build_generation_config(self, body: dict, model_generation_config: Any, use_cb: bool = False) -> Any:
+        asked = {name: value for name, value in body.items() if name not in ("seed", "stop")}
+        config = super()._build_generation_config(asked, model_generation_config, use_cb)  # type: ignore[misc]
+        if (temperature := body.get("temperature")) is not None:
+            config.update(**sampling_options(temperature, body.get("top_p", 1.0) if temperature else 1.0))
+        if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
+            config.max_new_tokens = self.most_tokens
+        # Carried to the request; `generate()` has no such settings.
+        config.seed, config.stop = body.get("seed"), body.get("stop") or []
+        return config
+
+
+class ChatHandler(_Handler, ChatCompletionHandler):
+    """`/v1/chat/completions`."""
+
+    def _validate_request(self, body: dict) -> None:
+        check_fields(body, self.most_tokens)
+        check_chat(body)
+
+    def _check_template(self, served: Served) -> None:
+        if getattr(served.tokenizer, "chat_template", None) is None:
+            raise ValueError(f"model={served.name!r}: has no chat template; use /v1/completions")
+
+
+class TextHandler(_Handler, CompletionHandler):
+    """`/v1/completions`."""
+
+    def _validate_request(self, body: dict) -> None:
+        check_fields(body, self.most_tokens)
+        check_completion(body)
+
+
+class EngineManager(BaseGenerateManager):
+    """Runs the requests of a model in the engine's batches."""
+
+    def __init__(self, engine: Engine, served: Served):
+        self.engine = engine
+        self.served = served
+
+    def stop(self) -> None: ...
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
+    ) -> "tuple[asyncio.Queue, TextStreamer]":
+        streamer, _ = self._submit(model, processor, inputs, gen_config, response_parser)
+        return streamer.queue, streamer
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        streamer, sequence = self._submit(model, processor, inputs, gen_config, None)
+        try:
+            while (item := await streamer.queue.get()) is not None:
+                if isinstance(item, _StreamError):
+                    raise HTTPException(500, f"the model failed: {item.msg}")
+        finally:
+            streamer.cancel()  # if it still runs, whoever asked has left
+        made = sequence.ids[sequence.prompt_tokens :]
+        text = processor.decode(made, skip_special_tokens=True)
+        return cut(text, gen_config.stop), sequence.prompt_tokens, made
+
+    def _submit(
+        self, model: Any, tokenizer: Any, inputs: Any, config: Any, parser: Any
+    ) -> "tuple[TextStreamer, Sequence]":
+        """Raises `ValueError` for a prompt without tokens, or one that leaves no room in the context."""
+        ids = inputs["input_ids"]
+        tokens, context = ids.shape[1], getattr(model.config, "max_position_embeddings", None) or 2**31
+        if not tokens:
+            raise ValueError("the prompt has no tokens")
+        if tokens >= context:
+            raise ValueError(f"the prompt has {tokens} tokens, the model's context ends at {context}")
+        check_tokens(model, ids)
+        config.max_new_tokens = min(config.max_new_tokens, context - tokens)
+        streamer = TextStreamer(tokenizer._tokenizer, config.stop, parser)
+        sequence = Sequence(model, ids[0].tolist(), config, streamer, config.seed)
+        self.engine.submit(self.served, sequence)
+        return streamer, sequence
+
+
+class TextStreamer(DirectStreamer):
+    """transformers' streamer as a sink of the engine: tokens to text on the server's queue, up to a stop string."""
+
+    def __init__(self, tokenizer: Any, stop: str | list[str], parser: Any):
+        self.stop = StopStrings([stop] if isinstance(stop, str) else stop)
+        self.queue: asyncio.Queue = asyncio.Queue()
+        super().__init__(tokenizer, asyncio.get_running_loop(), self.queue, parser)
+        self._first = False  # the prompt is not put
+
+    @property
+    def ended(self) -> bool:
+        return self._cancelled.is_set() or self.stop.found
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.ended:
+            super().put(value)
+
+    def fail(self, error: Exception) -> None:
+        super()._enqueue(_StreamError(" ".join(str(error).split()).replace('"', "'")))
+
+    def _enqueue(self, item: Any) -> None:
+        if item is None and (rest := self.stop.rest()):
+            super()._enqueue(rest)
+        elif type(item) is str:  # text of the answer, and not of its reasoning
+            item = self.stop.feed(item)
+        if item != "":
+            super()._enqueue(item)

@@ -1,0 +1,92 @@
+"""`llmkernel serve MODEL…`: an OpenAI-compatible endpoint.
+
+Reading order: `serve` -> what is needed -> the socket -> the server, which drains before it ends.
+"""
+
+import socket
+import sys
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from .sampling import DTYPES, Dtype
+
+
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or Hub ids of causal models.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    batch: Annotated[int, typer.Option(min=1, max=16, help="Requests that a model runs together.")] = 8,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more is answered with 429.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most new tokens of a request, and the default.")] = 1024,
+    memory: Annotated[
+        str | None, typer.Option(help="The most that loaded models take, such as 2GB; the least recently used go.")
+    ] = None,
+    drain: Annotated[int, typer.Option(min=0, help="Seconds that running requests get to end after SIGTERM.")] = 30,
+    dtype: Dtype = "auto",
+) -> dict[str, Any]:
+    """Serve models over HTTP: /v1/models, /v1/completions and /v1/chat/completions, with streaming.
+
+    A model is named by the last part of its path, loaded when first asked for (the others pause meanwhile), and runs
+    several requests at a time: they join and leave between two tokens. Layers that forget tokens (sliding windows) run
+    one request at a time. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0. Keys and values
+    of running requests come on top of --memory.
+
+    Raises:
+        ValueError: no such checkpoint, a model above the budget, a port in use, a missing extra.
+    """
+    from ..convert.command import parse_size
+    from ..evaluate.source import model_titles
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
+    _need_extra()
+    budget = None if memory is None else parse_size(memory, "memory")
+
+    from .endpoints import build_app
+    from .engine import Engine, Served
+
+    served = [Served(name, model) for name, model in zip(model_titles(models), models, strict=True)]
+    engine = Engine(served, dtype, batch, budget)
+    if len(served) == 1:
+        engine.release(engine.use(served[0].name).result())
+    with _listen(host, port) as listening:
+        address = f"http://{host}:{listening.getsockname()[1]}/v1"
+        print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
+        app = build_app(engine, max_tokens, batch + queue)
+        _run(app, listening, drain)
+    engine.stop()
+    return {"address": address, "models": list(engine.served), "requests": app.state.gate.answered}
+
+
+def render_serve(result: dict[str, Any]) -> str:
+    """Nothing: what there was to say is on standard error."""
+    return ""
+
+
+def _need_extra() -> None:
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError("serve: fastapi, uvicorn or openai is not installed; pip install 'hf_llmkernel[serving]'.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ValueError(f"port={port}: cannot listen at {host} ({error.strerror}); choose another.") from None
+
+
+def _run(app: Any, listening: socket.socket, drain: int) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            super().handle_exit(sig, frame)
+            self._captured_signals.clear()  # they have ended the server as they should, not the program
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
+    Server(config).run(sockets=[listening])
