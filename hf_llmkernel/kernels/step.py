@@ -83,7 +83,8 @@ class Watched:
         filled = [(entries, name, value) for entries in named for name, value in entries.items()]
         self.entries, self.names, self.values = (list(column) for column in zip(*filled, strict=True))
         self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
-        self.addresses, self.versions = self._states()
+        self.has_versions = not any(tensor.is_inference() for tensor in self.tensors)
+        self.states = self._states() if self.has_versions else None
 
     def _states(self) -> tuple[list[int], list[int]]:
         # In C loops: a token waits for this.
@@ -102,7 +103,7 @@ class Watched:
     def is_same(self) -> bool:
         if not all(map(operator.is_, map(dict.get, self.entries, self.names), self.values)):
             return False
-        return (self.addresses, self.versions) == self._states()
+        return not self.has_versions or self.states == self._states()
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -287,6 +288,8 @@ def plan_of(model: nn.Module, cache: Cache, seen: int) -> Plan:
 def _make_plan(model: Any) -> Plan:
     plan = Plan(Watched(model))
     try:
+        if not plan.watched.has_versions:
+            raise Unplanned("tensors made in inference mode, whose edits nothing tells of")
         plan.model = _model_structure(model, plan)
     except Unplanned:
         plan.kept.clear()

@@ -303,9 +303,14 @@ def test_what_a_step_cannot_give_is_torchs(native_calls):
         assert not step_is_native(model, native_calls)
 
 
-def test_models_of_other_dtypes_are_torchs(native_calls):
+def test_other_models_are_torchs(native_calls):
+    random_model_made_outside = random_model()
     assert not step_is_native(random_model().half(), native_calls)
     assert not step_is_native(random_model(hidden_act="tanh"), native_calls)
+    with torch.inference_mode():  # tensors without versions: edits would not be seen
+        made_in_inference_mode = random_model()
+        assert not step_is_native(made_in_inference_mode, native_calls)
+        assert step_is_native(random_model_made_outside, native_calls)
     rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     assert not step_is_native(random_model(rope_parameters=rotation), native_calls)
 
