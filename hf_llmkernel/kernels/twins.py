@@ -19,7 +19,8 @@ def round_activations(x: torch.Tensor, group_size: int | None) -> torch.Tensor:
         for begin in range(group_begin, group_end, SEGMENT):
             part = x[:, begin : min(begin + SEGMENT, group_end)].float()
             largest = part.abs().amax(1, keepdim=True)
-            codes = (part * torch.where(largest > 0, 127 / largest, 0)).round()
+            inverse = torch.full_like(largest, 127) / largest  # `127 / largest` would be a product with the reciprocal
+            codes = (part * torch.where(largest > 0, inverse, 0)).round()
             rounded[:, begin : begin + part.shape[1]] = codes * (largest / 127)
     return rounded
 

@@ -234,11 +234,12 @@ def test_static_cache(native_calls, monkeypatch):
     assert int(cache.get_seq_length(1)) == 14
 
 
-def test_bfloat16_stays_near_float32(native_calls, monkeypatch):
-    """Torch rounds to bf16 after every operation, a step only what it caches and returns: it is the nearer one."""
-    exact = random_model(initializer_range=0.1)
+@pytest.mark.parametrize("head_dim, length", [(10, 9), (10, 150), (80, 150)])
+def test_bfloat16_stays_near_float32(level, head_dim, length, native_calls, monkeypatch):
+    """Torch rounds to bf16 after every operation, a native call less often: it is the nearer one."""
+    exact = random_model(initializer_range=0.1, head_dim=head_dim)
     half = copy.deepcopy(exact).bfloat16()
-    ids = prompt(2, 9)
+    ids = prompt(2, length)
     expected = decoded(exact, ids, native=False, monkeypatch=monkeypatch)
     torchs = decoded(half, ids, native=False, monkeypatch=monkeypatch).float()
     logits = decoded(half, ids, monkeypatch=monkeypatch)

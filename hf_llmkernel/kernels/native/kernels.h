@@ -65,7 +65,7 @@ struct PromptAttention {
     float* scratch;  // of `scratch_floats`
     static int64_t scratch_floats(int64_t tokens, int64_t heads, int64_t head_dim) {
         const int64_t padded = round_up(head_dim, 16), rows = round_up(tokens * heads, 8);
-        return 64 * (head_dim + padded) + rows * (padded + 2);
+        return 64 * (head_dim + padded) + rows * (padded + 2 + round_up(head_dim, 32) / 2);
     }
 };
 

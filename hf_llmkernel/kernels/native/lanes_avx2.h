@@ -7,6 +7,7 @@ namespace {
 
 constexpr bool kExpands = false;
 constexpr int32_t kWideOffset = 128;
+constexpr bool kDotsPairs = false;
 constexpr int kWideVectors = 1;
 
 struct Floats {
@@ -155,6 +156,46 @@ inline Ints dot_wide(Ints acc, Codes codes, const int8_t* x) {
     return {dot_signed(acc.a, codes.a, all), dot_signed(acc.b, codes.b, all)};
 }
 
+#define LLMK_SEGMENT_LANES  // `dot_segment` for the rows of a segment is here
+
+// Eight products of codes up to 15, two a lane, still fit into 16 bits.
+template <int R>
+inline void dot_narrow_segment(Ints* acc, const Codes* weights, const int8_t* x) {
+    Ints sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = i_set(0);
+    for (int i = 0; i < 8; ++i)
+        for (int r = 0; r < R; ++r) {
+            const __m256i all = four(x + 32 * r + 4 * i);
+            sums[r].a = _mm256_add_epi16(sums[r].a, _mm256_maddubs_epi16(weights[i].a, all));
+            sums[r].b = _mm256_add_epi16(sums[r].b, _mm256_maddubs_epi16(weights[i].b, all));
+        }
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int r = 0; r < R; ++r) {
+        acc[r].a = _mm256_add_epi32(acc[r].a, _mm256_madd_epi16(sums[r].a, ones));
+        acc[r].b = _mm256_add_epi32(acc[r].b, _mm256_madd_epi16(sums[r].b, ones));
+    }
+}
+
+// As dot_wide, the magnitudes of the weights computed once for all rows.
+template <int R>
+inline void dot_wide_segment(Ints* acc, const Codes* weights, const int8_t* x) {
+    for (int i = 0; i < 8; ++i) {
+        const __m256i a = _mm256_xor_si256(weights[i].a, _mm256_set1_epi8(-128)), large_a = _mm256_abs_epi8(a);
+        const __m256i b = _mm256_xor_si256(weights[i].b, _mm256_set1_epi8(-128)), large_b = _mm256_abs_epi8(b);
+        for (int r = 0; r < R; ++r) {
+            const __m256i all = four(x + 32 * r + 4 * i);
+            acc[r].a = dot_eight(acc[r].a, large_a, _mm256_sign_epi8(all, a));
+            acc[r].b = dot_eight(acc[r].b, large_b, _mm256_sign_epi8(all, b));
+        }
+    }
+}
+
+template <bool Narrow, int R>
+inline void dot_segment(Ints* acc, const Codes* weights, const int8_t* x) {
+    if (Narrow) dot_narrow_segment<R>(acc, weights, x);
+    else dot_wide_segment<R>(acc, weights, x);
+}
+
 inline Floats dot_bf16(Floats acc, const uint16_t* w, const uint16_t* x) {
     acc = f_fma(f_load_bf16(w), f_load_bf16(x), acc);
     return f_fma(f_load_bf16(w + 16), f_load_bf16(x + 16), acc);
@@ -173,6 +214,18 @@ inline __m256 word_of_all(uint16_t word) { return _mm256_castsi256_ps(_mm256_set
 inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
     const __m256 first = word_of_all(x[0]), second = word_of_all(x[1]);
     return {pair_of_eight(acc.a, words.a, first, second), pair_of_eight(acc.b, words.b, first, second)};
+}
+
+inline Floats f_load_words(const uint16_t* p, int64_t count) {
+    float lanes[16] = {};
+    if (count > 0) __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
+    return f_load(lanes);
+}
+inline Floats f_pair_words(const uint16_t* p, int64_t count, const uint16_t* q, int64_t other_count) {
+    uint16_t words[32] = {};
+    for (int64_t i = 0; i < count; ++i) words[2 * i] = p[i];
+    for (int64_t i = 0; i < other_count; ++i) words[2 * i + 1] = q[i];
+    return f_load_words(words, 32);
 }
 
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

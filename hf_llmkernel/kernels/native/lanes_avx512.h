@@ -8,6 +8,7 @@ namespace {
 constexpr bool kExpands = true;    // packed values spread by a mask in one instruction
 constexpr int32_t kWideOffset = 0;  // what dot_wide subtracts from its codes
 
+constexpr bool kDotsPairs = true;   // bf16 in one instruction
 constexpr int kWideVectors = 4;     // of a row that are summed at once, four rows at a time
 
 using Floats = __m512;
@@ -146,6 +147,15 @@ inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
     int32_t pair;
     __builtin_memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(words), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
+}
+// Up to 32 words as they are, zero behind them; up to 16 words of two rows, one of each a lane.
+inline Floats f_load_words(const uint16_t* p, int64_t count) {
+    return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), p));
+}
+inline Floats f_pair_words(const uint16_t* p, int64_t count, const uint16_t* q, int64_t other_count) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(other_count), q));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
 }
 // Two columns of 16 rows; the values as `expand_bytes`, zero elsewhere.
 inline Floats expand_pairs(uint32_t mask, const uint8_t*& p) {

@@ -6,6 +6,7 @@ namespace {
 
 constexpr bool kExpands = false;
 constexpr int32_t kWideOffset = 0;
+constexpr bool kDotsPairs = false;
 constexpr int kWideVectors = 1;
 
 struct Floats {
@@ -141,6 +142,18 @@ inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
     uint16_t pairs[32];
     __builtin_memcpy(pairs, words.of, 64);
     return each([&](int i) { return acc.of[i] + of_bf16(pairs[2 * i]) * of_bf16(x[0]) + of_bf16(pairs[2 * i + 1]) * of_bf16(x[1]); });
+}
+
+inline Floats f_load_words(const uint16_t* p, int64_t count) {
+    float lanes[16] = {};
+    if (count > 0) __builtin_memcpy(lanes, p, static_cast<size_t>(count) * 2);
+    return f_load(lanes);
+}
+inline Floats f_pair_words(const uint16_t* p, int64_t count, const uint16_t* q, int64_t other_count) {
+    uint16_t words[32] = {};
+    for (int64_t i = 0; i < count; ++i) words[2 * i] = p[i];
+    for (int64_t i = 0; i < other_count; ++i) words[2 * i + 1] = q[i];
+    return f_load_words(words, 32);
 }
 
 inline void prefetch(const void*) {}

@@ -5,58 +5,130 @@
 
 constexpr int64_t kQueryRows = 8;  // a query of one head each
 
-// c[r] = (or +=) a[r] b for R rows and V vectors: depth terms, b [depth, b_stride].
-template <int R, int V>
-inline void rows_times(const float* const* a, int64_t depth, const float* b, int64_t b_stride, bool adds, float* c, int64_t c_stride) {
+// Products of floats, and of pairs of bf16: `kOf` terms a lane.
+struct FloatTerms {
+    using Value = float;
+    static constexpr int kOf = 1;
+    static Floats dot(Floats acc, Floats terms, const float* x) { return f_fma(f_set(*x), terms, acc); }
+};
+struct PairTerms {
+    using Value = uint16_t;
+    static constexpr int kOf = 2;
+    static Floats dot(Floats acc, Floats terms, const uint16_t* x) { return dot_pair(acc, terms, x); }
+};
+
+// c[r] = (or +=) a[r] b for R rows and V vectors: depth steps, b [depth, b_stride].
+template <class Terms, int R, int V>
+inline void rows_times(const typename Terms::Value* const* a, int64_t depth, const float* b, int64_t b_stride, bool adds, float* c,
+                       int64_t c_stride) {
     Floats acc[R][V];
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) acc[r][v] = adds ? f_load(c + r * c_stride + 16 * v) : f_zero();
     for (int64_t k = 0; k < depth; ++k, b += b_stride) {
         Floats terms[V];
         for (int v = 0; v < V; ++v) terms[v] = f_load(b + 16 * v);
-        for (int r = 0; r < R; ++r) {
-            const Floats factor = f_set(a[r][k]);
-            for (int v = 0; v < V; ++v) acc[r][v] = f_fma(factor, terms[v], acc[r][v]);
-        }
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) acc[r][v] = Terms::dot(acc[r][v], terms[v], a[r] + Terms::kOf * k);
     }
     for (int r = 0; r < R; ++r)
         for (int v = 0; v < V; ++v) f_store(c + r * c_stride + 16 * v, acc[r][v]);
 }
 
 // The same for kQueryRows rows and any whole number of vectors.
-inline void query_rows_times(const float* const* a, int64_t depth, const float* b, int64_t width, bool adds, float* c) {
+template <class Terms>
+inline void query_rows_times(const typename Terms::Value* const* a, int64_t depth, const float* b, int64_t width, bool adds,
+                             float* c) {
     for (int64_t r = 0; r < kQueryRows; r += 4) {
         int64_t at = 0;
         for (; at + 16 * kWideVectors <= width; at += 16 * kWideVectors)
-            rows_times<4, kWideVectors>(a + r, depth, b + at, width, adds, c + r * width + at, width);
-        for (; at < width; at += 16) rows_times<4, 1>(a + r, depth, b + at, width, adds, c + r * width + at, width);
+            rows_times<Terms, 4, kWideVectors>(a + r, depth, b + at, width, adds, c + r * width + at, width);
+        for (; at < width; at += 16) rows_times<Terms, 4, 1>(a + r, depth, b + at, width, adds, c + r * width + at, width);
     }
 }
 
-// Keys of up to 64 tokens as [head_dim, 64], zero where there is no token.
+// How a tile's queries, keys, values and weights are laid out for products of floats.
 template <class States>
-inline void turn_keys(const PromptAttention& a, int64_t first, int64_t count, float* turned) {
-    for (int64_t d = 0; d < a.head_dim; d += 16) {
-        const int64_t width = smaller(16, a.head_dim - d);
-        for (int64_t t = 0; t < kTokens; t += 16) {
-            Floats some[16];
-            for (int64_t i = 0; i < 16; ++i)
-                some[i] = t + i < count ? States::load(a.keys, (first + t + i) * a.token_stride + d, width) : f_zero();
-            f_turn(some);
-            for (int64_t i = 0; i < width; ++i) f_store(turned + (d + i) * kTokens + t, some[i]);
+struct FloatTile : FloatTerms {
+    static const float* query(const PromptAttention& a, float*, int64_t row) {
+        return a.queries + row / a.heads * a.query_stride + row % a.heads * a.head_dim;
+    }
+    static void lay_out_queries(const PromptAttention&, float*) {}
+
+    // Keys of up to 64 tokens as [head_dim, 64], zero where there is no token.
+    static void lay_out_keys(const PromptAttention& a, int64_t first, int64_t count, float* turned) {
+        for (int64_t d = 0; d < a.head_dim; d += 16) {
+            const int64_t width = smaller(16, a.head_dim - d);
+            for (int64_t t = 0; t < kTokens; t += 16) {
+                Floats some[16];
+                for (int64_t i = 0; i < 16; ++i)
+                    some[i] = t + i < count ? States::load(a.keys, (first + t + i) * a.token_stride + d, width) : f_zero();
+                f_turn(some);
+                for (int64_t i = 0; i < width; ++i) f_store(turned + (d + i) * kTokens + t, some[i]);
+            }
         }
     }
-}
 
-// Values of up to 64 tokens as [64, head_dim padded to 16].
-template <class States>
-inline void widen_values(const PromptAttention& a, int64_t first, int64_t count, int64_t padded, float* widened) {
-    for (int64_t t = 0; t < kTokens; ++t)
-        for (int64_t d = 0; d < padded; d += 16) {
-            const int64_t at = (first + t) * a.token_stride + d;
-            f_store(widened + t * padded + d, t < count ? States::load(a.values, at, smaller(16, a.head_dim - d)) : f_zero());
+    // Values of up to 64 tokens as [64, head_dim padded to 16].
+    static void lay_out_values(const PromptAttention& a, int64_t first, int64_t count, int64_t padded, float* widened) {
+        for (int64_t t = 0; t < kTokens; ++t)
+            for (int64_t d = 0; d < padded; d += 16) {
+                const int64_t at = (first + t) * a.token_stride + d, width = smaller(16, a.head_dim - d);
+                f_store(widened + t * padded + d, t < count ? States::load(a.values, at, width) : f_zero());
+            }
+    }
+
+    struct Weights {
+        const float* of(const float* scores, int64_t) { return scores; }
+    };
+};
+
+// The same for products of bf16, whose rounding queries and weights take part in.
+struct PairTile : PairTerms {
+    static int64_t row_floats(int64_t head_dim) { return round_up(head_dim, 32) / kOf; }
+    static const uint16_t* query(const PromptAttention& a, const float* queries, int64_t row) {
+        return reinterpret_cast<const uint16_t*>(queries + row * row_floats(a.head_dim));
+    }
+    static void lay_out_queries(const PromptAttention& a, float* queries) {
+        for (int64_t row = 0; row < a.tokens * a.heads; ++row)
+            to_bf16(a.queries + row / a.heads * a.query_stride + row % a.heads * a.head_dim, a.head_dim,
+                    kOf * row_floats(a.head_dim), const_cast<uint16_t*>(query(a, queries, row)));
+    }
+
+    // Keys of up to 64 tokens as [head_dim / 2 pairs, 64].
+    static void lay_out_keys(const PromptAttention& a, int64_t first, int64_t count, float* turned) {
+        const auto* keys = reinterpret_cast<const uint16_t*>(a.keys);
+        for (int64_t d = 0; d < a.head_dim; d += 32) {
+            const int64_t width = smaller(32, a.head_dim - d);
+            for (int64_t t = 0; t < kTokens; t += 16) {
+                Floats some[16];
+                for (int64_t i = 0; i < 16; ++i)
+                    some[i] = f_load_words(keys + (first + t + i) * a.token_stride + d, t + i < count ? width : 0);
+                f_turn(some);
+                for (int64_t i = 0; i < ceil_div(width, kOf); ++i) f_store(turned + (d / kOf + i) * kTokens + t, some[i]);
+            }
         }
-}
+    }
+
+    // Values of up to 64 tokens as [32 pairs of tokens, head_dim padded to 16].
+    static void lay_out_values(const PromptAttention& a, int64_t first, int64_t count, int64_t padded, float* paired) {
+        const auto* values = reinterpret_cast<const uint16_t*>(a.values) + first * a.token_stride;
+        for (int64_t t = 0; t < kTokens; t += kOf)
+            for (int64_t d = 0; d < padded; d += 16) {
+                const int64_t width = smaller(16, a.head_dim - d);
+                const uint16_t* from = values + t * a.token_stride + d;
+                f_store(paired + t / kOf * padded + d,
+                        f_pair_words(from, t < count ? width : 0, from + a.token_stride, t + 1 < count ? width : 0));
+            }
+    }
+
+    struct Weights {
+        uint16_t words[kQueryRows][kTokens];
+        const uint16_t* of(const float* scores, int64_t r) {
+            to_bf16(scores, kTokens, kTokens, words[r]);
+            return words[r];
+        }
+    };
+};
 
 // Scores of the tokens first ... first + 63 that the query of token `query` does not see: to -inf.
 inline void hide_unseen(const PromptAttention& a, int64_t first, int64_t query, float* scores) {
@@ -93,7 +165,7 @@ inline void weigh_tokens(float* scores, int64_t padded, float* largest, float* t
     *total += f_sum(sum);
 }
 
-template <class States>
+template <class Laid>
 inline void attend_tile(const PromptAttention& a) {
     const int64_t padded = round_up(a.head_dim, 16), rows = a.tokens * a.heads, room = round_up(rows, kQueryRows);
     float* keys = a.scratch;
@@ -101,34 +173,36 @@ inline void attend_tile(const PromptAttention& a) {
     float* sums = values + kTokens * padded;
     float* largest = sums + room * padded;
     float* totals = largest + room;
+    float* queries = totals + room;
     for (int64_t i = 0; i < room * padded; ++i) sums[i] = 0;
     for (int64_t i = 0; i < room; ++i) {
         largest[i] = -INFINITY;
         totals[i] = 0;
     }
+    Laid::lay_out_queries(a, queries);
     const int64_t end = a.first + a.tokens;
     for (int64_t first = a.window > 0 ? larger(0, a.first + 1 - a.window) : 0; first < end; first += kTokens) {
         const int64_t count = smaller(kTokens, end - first);
-        turn_keys<States>(a, first, count, keys);
-        widen_values<States>(a, first, count, padded, values);
+        Laid::lay_out_keys(a, first, count, keys);
+        Laid::lay_out_values(a, first, count, padded, values);
         for (int64_t row = 0; row < rows; row += kQueryRows) {
-            const int64_t low = a.first + row / a.heads, high = a.first + smaller(row + kQueryRows - 1, rows - 1) / a.heads;
+            const auto token = [&](int64_t r) { return a.first + smaller(row + r, rows - 1) / a.heads; };
+            const int64_t low = token(0), high = token(kQueryRows - 1);
             if (first > high || (a.window > 0 && first + count <= low + 1 - a.window)) continue;
-            const float* queries[kQueryRows];  // the last one stands in for those that are missing
-            for (int64_t r = 0; r < kQueryRows; ++r) {
-                const int64_t at = smaller(row + r, rows - 1);
-                queries[r] = a.queries + at / a.heads * a.query_stride + at % a.heads * a.head_dim;
-            }
+            const typename Laid::Value *some[kQueryRows], *weights[kQueryRows];
             float scores[kQueryRows * kTokens];
-            const float* weights[kQueryRows];
-            query_rows_times(queries, a.head_dim, keys, kTokens, false, scores);
+            typename Laid::Weights rounded;
+            // The last query stands in for those that are missing.
+            for (int64_t r = 0; r < kQueryRows; ++r) some[r] = Laid::query(a, queries, smaller(row + r, rows - 1));
+            query_rows_times<Laid>(some, ceil_div(a.head_dim, Laid::kOf), keys, kTokens, false, scores);
             const bool all_seen = a.mask == nullptr && first + kTokens <= low + 1 && (a.window == 0 || first > high - a.window);
             for (int64_t r = 0; r < kQueryRows; ++r) {
-                weights[r] = scores + r * kTokens;
-                if (!all_seen) hide_unseen(a, first, a.first + smaller(row + r, rows - 1) / a.heads, scores + r * kTokens);
-                weigh_tokens(scores + r * kTokens, padded, largest + row + r, totals + row + r, sums + (row + r) * padded);
+                float* of_row = scores + r * kTokens;
+                if (!all_seen) hide_unseen(a, first, token(r), of_row);
+                weigh_tokens(of_row, padded, largest + row + r, totals + row + r, sums + (row + r) * padded);
+                weights[r] = rounded.of(of_row, r);
             }
-            query_rows_times(weights, kTokens, values, padded, true, sums + row * padded);
+            query_rows_times<Laid>(weights, kTokens / Laid::kOf, values, padded, true, sums + row * padded);
         }
     }
     for (int64_t row = 0; row < rows; ++row) {
@@ -140,6 +214,7 @@ inline void attend_tile(const PromptAttention& a) {
 }
 
 void attend_prompt(const PromptAttention& a) {
-    if (a.type == LLMK_TYPE_BF16) attend_tile<Bf16States>(a);
-    else attend_tile<FloatStates>(a);
+    if (a.type != LLMK_TYPE_BF16) attend_tile<FloatTile<FloatStates>>(a);
+    else if (kDotsPairs) attend_tile<PairTile>(a);
+    else attend_tile<FloatTile<Bf16States>>(a);
 }
