@@ -850,6 +850,9 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         kernels = kernels_in_use()
         if kernels is not None and inputs_embeds is None and labels is None:
+            caches = self.config.use_cache if use_cache is None else use_cache
+            if caches and past_key_values is None and not self.training:
+                past_key_values = DynamicCache(config=self.config)
             options = {"use_cache": use_cache, "logits_to_keep": logits_to_keep, **kwargs}
             logits = kernels.decode(self, input_ids, attention_mask, position_ids, past_key_values, options)
             if logits is not None:

@@ -155,6 +155,15 @@ def test_a_long_prompt_is_torchs_forward(level, kinds, head_dim, native_calls, m
         torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
 
 
+def test_a_call_makes_its_own_cache(native_calls):
+    model, ids = random_model(), prompt(2, 9)
+    output = model(ids)
+    assert len(native_calls) == 1 and output.past_key_values.get_seq_length() == 9
+    without = model(ids, use_cache=False)
+    assert len(native_calls) == 1 and without.past_key_values is None
+    torch.testing.assert_close(output.logits, without.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_logits_of_the_last_tokens(native_calls, monkeypatch):
     model, ids = random_model(), prompt(3, 250)  # in runs of 170 tokens each
     expected, _ = read(model, ids, native=False, monkeypatch=monkeypatch)
@@ -411,6 +420,7 @@ def test_a_traced_graph_is_torchs_and_whole(native_calls):
     model = random_model(**CONFIGS["int4"])
     ids = prompt(1, 6)
     model(ids, use_cache=True)  # leaves kernel layouts behind
+    native_calls.clear()
     with disabled():
         expected = model(ids, use_cache=False).logits
     graph = torch.compile(model, backend="eager", fullgraph=True)
