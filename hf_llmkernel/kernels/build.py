@@ -77,7 +77,7 @@ def build() -> None:
         units = [path for path in sorted(SOURCES.glob("*.cpp")) if is_for_this_machine(path)]
         objects = list(pool.map(lambda unit: compile_unit(compiler, unit, Path(folder)), units))
         linked = Path(folder) / LIBRARY.name
-        run([*compiler, "-shared", "-pthread", "-o", str(linked), *map(str, objects)])
+        run([*compiler, "-shared", "-pthread", *own_flags(), "-o", str(linked), *map(str, objects)])
         # Beside the old one, then in its place: a running process keeps what it has mapped.
         fresh = LIBRARY.with_suffix(f".{os.getpid()}")
         shutil.copyfile(linked, fresh)
@@ -94,6 +94,11 @@ def find_compiler() -> list[str]:
     raise BuildError("no C++ compiler: install g++ or clang++, or name one in CXX")
 
 
+def own_flags() -> list[str]:
+    """`$CXXFLAGS`, behind all others."""
+    return shlex.split(os.environ.get("CXXFLAGS", ""))
+
+
 def is_for_this_machine(unit: Path) -> bool:
     return unit.stem not in LEVEL_FLAGS or platform.machine() in ("x86_64", "AMD64")
 
@@ -101,7 +106,7 @@ def is_for_this_machine(unit: Path) -> bool:
 def compile_unit(compiler: list[str], unit: Path, folder: Path) -> Path:
     target = folder / f"{unit.stem}.o"
     identity = (f'-DLLMK_SOURCES="{sources_hash()}"',) if unit.stem == "isa" else ()
-    flags = (*FLAGS, *LEVEL_FLAGS.get(unit.stem, ()), *identity)
+    flags = (*FLAGS, *LEVEL_FLAGS.get(unit.stem, ()), *identity, *own_flags())
     run([*compiler, *flags, "-c", str(unit), "-o", str(target)])
     return target
 

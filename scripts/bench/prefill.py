@@ -8,6 +8,7 @@ ratios are medians over rounds of the two that followed each other, to the dense
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -79,7 +80,7 @@ def torch_readers(dense: Path, folders: list[Path]) -> dict[str, Callable[[int],
 
 def llama_cpp(file: Path, longest: int) -> Callable[[int], float]:
     """The same of llama.cpp's server, by its own clock."""
-    import xllamacpp
+    xllamacpp: Any = importlib.import_module("xllamacpp")  # it has no types
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(file)

@@ -14,10 +14,10 @@ rm -f "$copy/hf_llmkernel/kernels/libllmkernel.so"
 cd "$copy"
 export PYTHONPATH="$copy"
 # Vectors are loaded from wherever they are, which the check of alignment takes for a fault.
-CXX="g++ -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
+CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
     "$PYTHON" -m hf_llmkernel.kernels.build
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # The tests left out compile or train; nothing of them is native.
-"$PYTHON" -m pytest tests/kernels -q -p no:cacheprovider -k "not test_build and not traced and not measurement"
+"$PYTHON" -m pytest tests/kernels -q -s -p no:cacheprovider -k "not test_build and not traced and not measurement"
 "$PYTHON" scripts/runs/fuzz_kernels.py --seconds "${1:-60}"

@@ -152,6 +152,7 @@ std::vector<int64_t> record_starts(const llmk_stored& s, const llmk_matrix& w, c
 
 // Per-group entries of 16 rows, groups in order and rows within a group.
 void write_groups(const llmk_stored& s, const uint8_t* from, int64_t bytes, int64_t block, uint8_t* out) {
+    if (from == nullptr) return;
     const int64_t of_row = ceil_div(s.columns, s.group);
     for (int64_t g = 0; g < of_row; ++g)
         for (int64_t r = 0; r < kBlock; ++r, out += bytes) {

@@ -37,8 +37,10 @@ class TileSet {
         for (int i = 0; i < count_; ++i) {
             const Form& form = forms_[i];
             const int64_t at = row / kTile * form.segments * kTile + row % kTile;
-            if (form.kind >= 0)
+            if (form.kind >= 0) {
                 kernels().quantize(x, columns_, form.kind, kTile, form.codes + at * kSegment, form.scales + at, form.sums + at);
+                if (row == rows_ - 1) clear_missing(form, at);
+            }
             for (int64_t segment = 0; form.kind < 0 && segment < form.segments; ++segment)
                 fill_segment(form, (at + segment * kTile) * kSegment, x + segment * kSegment,
                              smaller(kSegment, columns_ - segment * kSegment));
@@ -79,6 +81,12 @@ class TileSet {
         for (int i = 0; i < count_; ++i)
             if (forms_[i].kind == kind_of(w)) return &forms_[i];
         return nullptr;
+    }
+
+    // Rows are multiplied by fours: those behind the last one are of sum zero.
+    void clear_missing(const Form& form, int64_t last) const {
+        for (int64_t segment = 0; segment < form.segments; ++segment)
+            for (int64_t i = 1; i <= (-rows_ & 3); ++i) form.sums[last + segment * kTile + i] = 0;
     }
 
     static void fill_segment(const Form& form, int64_t at, const float* x, int64_t columns) {
