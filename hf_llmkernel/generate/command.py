@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a causal language model.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to continue, or the message to answer.")],
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The text to continue, or the message to answer.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -33,8 +35,16 @@ def generate(
     memory: Annotated[
         str | None, typer.Option(help="Most that the process may take, as in 1.5GB: what does not fit is read again.")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Instead of PROMPT: a .txt file of one a line, or .jsonl of prompt or messages.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With prompts: the new .jsonl file, a line a prompt.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With prompts: sequences that are decoded together.")] = 8,
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
+
+    With `--prompts` a text for each is written to a file; the same command goes on where it was interrupted, and
+    under `torchrun` the processes share the prompts.
 
     Raises:
         ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, or less `memory` than
@@ -42,6 +52,18 @@ def generate(
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
+    if prompts is not None:
+        refused = {"PROMPT": prompt, "memory": memory, "cache": None if cache == "full" else cache}
+        if given := [name for name, value in refused.items() if value is not None]:
+            raise ValueError(f"prompts: goes without {given[0]}; leave one of the two out.")
+        if output is None:
+            raise ValueError("output: is missing; name the file that --prompts writes.")
+        from .prompts import generate_prompts
+
+        options = {"max_new_tokens": max_new_tokens, **sampling}
+        return generate_prompts(model, prompts, output, batch, chat, seed, dtype, **options)
+    if prompt is None or output is not None:
+        raise ValueError("PROMPT: is missing; give a text, or a file of them with --prompts and --output.")
     network, tokenizer = load(model, dtype) if memory is None else load_within(model, dtype, memory)
     inputs = encode_prompt(tokenizer, prompt, chat)
     check_tokens(network, inputs["input_ids"])
@@ -68,6 +90,9 @@ def generate(
 
 def render_generate(result: dict[str, Any]) -> str:
     """Nothing: the text was streamed. Its measure goes to standard error, so that a pipe gets the text alone."""
+    if "prompts" in result:
+        rate = result["new_tokens"] / max(result["seconds"], 1e-9)
+        return f"{result['output']}: {result['prompts']} texts, {result['new_tokens']} tokens, {rate:.1f} a second"
     print(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second", file=sys.stderr)
     return ""
 
@@ -135,14 +160,22 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool 
     has_template = getattr(tokenizer, "chat_template", None) is not None
     if chat and not has_template:
         raise ValueError("chat=True: the tokenizer has no chat template; use --no-chat.")
-    encoded: Any
     if has_template if chat is None else chat:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    return _inputs(tokenizer(prompt, return_tensors="pt"))
+
+
+def encode_messages(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]
+) -> "dict[str, torch.Tensor]":
+    """Token ids and mask `[1, T]` of a conversation that the model is to answer."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("messages: the tokenizer has no chat template; give texts.")
+    options: dict[str, Any] = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    return _inputs(tokenizer.apply_chat_template(messages, **options))
+
+
+def _inputs(encoded: Any) -> "dict[str, torch.Tensor]":
     # Token types, which some tokenizers give, are no input of a decoder.
     inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     if inputs["input_ids"].shape[1] == 0:

@@ -1,0 +1,225 @@
+"""`llmkernel generate MODEL --prompts FILE --output FILE`: a text for every prompt of a file, in batches.
+
+Under `torchrun` the prompts are shared among the processes. Each writes what it has to a file of its own beside the
+output, line by line: interrupted, the same command goes on where it was. The first one joins them in the end.
+
+Reading order: `generate_prompts` -> prompts of a file -> what is done already -> the batch -> the output.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, Any]]  # a text, or the messages of a conversation
+
+
+def generate_prompts(
+    model: str,
+    prompts: Path,
+    output: Path,
+    batch: int,
+    chat: bool | None,
+    seed: int,
+    dtype: str,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes one line of JSON a prompt, in their order: `{"index", "prompt", "text", "tokens"}`.
+
+    Args:
+        model: folder or Hub id.
+        prompts: a `.txt` file of one prompt a line, or `.jsonl` with `prompt` or `messages` in every line.
+        output: a new file.
+        batch: sequences that are decoded together.
+        chat: whether texts go through the chat template; `None`: where there is one.
+        seed: of the sampling, another one for every prompt.
+        dtype: to compute in.
+        options: `max_new_tokens` and what `generate()` samples by.
+
+    Raises:
+        ValueError: a file that is none of these, a prompt that does not fit the model, an output in the way.
+    """
+    asked = read_prompts(prompts)
+    if output.exists():
+        raise ValueError(f"output={output}: exists; choose another file or remove it.")
+    started = time.monotonic()
+    _join_processes()
+    run = {"model": model, "prompts": asked, "batch": batch, "chat": chat, "seed": seed, "dtype": dtype, **options}
+    done = finished(output, run)
+    mine = [index for index in range(_rank(), len(asked), _world()) if index not in done]
+    if mine:
+        _generate(model, dtype, {index: asked[index] for index in mine}, _part(output, _rank()), run)
+    if _world() > 1:
+        dist.barrier()
+    tokens = _gather_lines(output, run) if _rank() == 0 else 0
+    if _world() > 1:
+        dist.barrier()
+    seconds = time.monotonic() - started
+    return {
+        "model": model, "output": str(output), "prompts": len(asked), "new_tokens": tokens,
+        "seconds": round(seconds, 2), "taken_up": len(done), "processes": _world(), "batch": batch,
+    }  # fmt: skip
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file. Raises `ValueError` naming the line that has none."""
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"prompts={path}: must end in .txt (one a line) or .jsonl (prompt or messages); rename it.")
+    if not path.is_file():
+        raise ValueError(f"prompts={path}: no such file.")
+    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"prompts={path}: has no prompt.")
+    return [line for _, line in lines] if path.suffix == ".txt" else [_prompt(path, *entry) for entry in lines]
+
+
+def _prompt(path: Path, number: int, line: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"]:
+        return row["prompt"]
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+        return messages
+    raise ValueError(f"prompts={path}: line {number} is no JSON object with a text 'prompt' or a list 'messages'.")
+
+
+# What is done already
+
+
+def _part(output: Path, rank: int) -> Path:
+    return output.with_name(f"{output.name}.part-{rank}")
+
+
+def finished(output: Path, run: dict[str, Any]) -> set[int]:
+    """Indices of the prompts that an interrupted run has answered. Raises `ValueError` where it was another run."""
+    return {entry["index"] for part in _parts(output) for entry in _entries(part, run)}
+
+
+def _parts(output: Path) -> list[Path]:
+    return sorted(output.parent.glob(f"{output.name}.part-*"))
+
+
+def _entries(part: Path, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Whole lines behind the first, which says what run it is; what a killed process left of one is no line."""
+    first, *lines = part.read_text("utf-8").split("\n")[:-1] or [""]
+    if first and json.loads(first) != run:
+        raise ValueError(f"output={part}: is of a run with other prompts or settings; give the same, or remove it.")
+    yield from map(json.loads, lines)
+
+
+def _opened(part: Path, run: dict[str, Any]) -> TextIO:
+    """The file to go on writing, without half a line at its end."""
+    whole = part.read_text("utf-8") if part.is_file() else ""
+    whole = whole[: whole.rfind("\n") + 1]
+    part.write_text(whole or json.dumps(run) + "\n", encoding="utf-8")
+    return part.open("a", encoding="utf-8")
+
+
+# The batch
+
+
+class _Line:
+    """Collects the tokens of a prompt, and writes them when they have ended."""
+
+    ended = False
+
+    def __init__(self, index: int, prompt: Prompt, write: Any):
+        self.index, self.prompt, self.write = index, prompt, write
+        self.tokens: list[int] = []
+
+    def put(self, value: Any) -> None:
+        self.tokens += value.tolist()
+
+    def end(self) -> None:
+        self.write(self)
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+
+def _generate(model: str, dtype: str, prompts: dict[int, Prompt], part: Path, run: dict[str, Any]) -> None:
+    from transformers import GenerationConfig
+
+    from .batch import Batch, Request
+    from .command import load
+
+    network, tokenizer = load(model, dtype)
+    encoded = {index: _encoded(network, tokenizer, index, prompt, run) for index, prompt in prompts.items()}
+    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
+    config = GenerationConfig(**{name: run[name] for name in names if run.get(name) is not None})
+    bar = tqdm(total=len(prompts), desc="prompts", disable=_rank() > 0)
+    with _opened(part, run) as file, bar:
+
+        def write(line: _Line) -> None:
+            text = tokenizer.decode(line.tokens, skip_special_tokens=True)
+            entry = {"index": line.index, "prompt": line.prompt, "text": text, "tokens": len(line.tokens)}
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update()
+
+        together = Batch(network, run["batch"])
+        for index, ids in encoded.items():
+            line = _Line(index, prompts[index], write)
+            together.waiting.append(Request(network, ids, config, line, run["seed"] + index))
+        while together.is_busy():
+            together.step()
+
+
+def _encoded(
+    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", index: int, prompt: Prompt, run: dict[str, Any]
+) -> list[int]:
+    """Tokens of a prompt. Raises `ValueError` where they, with those to come, are beyond the model's context."""
+    from .command import check_tokens, encode_messages, encode_prompt
+
+    if isinstance(prompt, str):
+        inputs = encode_prompt(tokenizer, prompt, run["chat"])
+    else:
+        inputs = encode_messages(tokenizer, prompt)
+    ids = inputs["input_ids"]
+    check_tokens(network, ids)
+    longest = getattr(network.config, "max_position_embeddings", None)
+    if longest and ids.shape[1] + run["max_new_tokens"] > longest:
+        raise ValueError(
+            f"prompts: the one of index {index} has {ids.shape[1]} tokens, with {run['max_new_tokens']} new ones more "
+            f"than the context of {longest}; shorten it, or lower max_new_tokens."
+        )
+    return ids[0].tolist()
+
+
+# The output, and the other processes
+
+
+def _gather_lines(output: Path, run: dict[str, Any]) -> int:
+    """Joins what all processes wrote, in the prompts' order; returns how many tokens there are."""
+    parts = _parts(output)
+    entries = sorted((entry for part in parts for entry in _entries(part, run)), key=lambda entry: entry["index"])
+    whole = output.with_name(f"{output.name}.part")
+    whole.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
+    os.replace(whole, output)
+    for part in parts:
+        part.unlink()
+    return sum(entry["tokens"] for entry in entries)
+
+
+def _join_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
