@@ -21,6 +21,9 @@ MARKER_TEXT = "An output folder of hf_llmkernel that is not finished; it can be 
 def check_output(path: str | Path) -> None:
     """Raises `ValueError` where something is in the way of an output folder; call it before long work."""
     path = Path(path).expanduser()
+    above = next((parent for parent in path.parents if parent.exists()), path)
+    if above.exists() and not above.is_dir():
+        raise ValueError(f"output={path}: {above} is a file, not a folder; choose another place.")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise ValueError(f"output={path}: exists and is not a folder; choose another name or remove it.")
     if (path / MARKER).is_file():

@@ -53,6 +53,8 @@ def plan_stages(
         if planned and stages[len(planned) - 1].writes_whole and not stage.writes_whole:
             before = stages[len(planned) - 1].name
             raise ValueError(f"{stage.name}: comes behind {before}, which works when all is written; put it before.")
+        if stage.writes_whole and any(type(stage) is type(earlier) for earlier in stages[: len(planned)]):
+            raise ValueError(f"{stage.name}: comes twice, and works when all is written; leave one out.")
         stage.check_choice(config)
         config, result = plan_stage(config, stage)
         planned.append(Planned(config, result, *stored_sizes(config, cast(torch.dtype, config.dtype), has_head)))

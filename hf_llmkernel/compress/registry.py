@@ -1,7 +1,7 @@
 """Stages by their recipe name: a method's file registers its dataclass, `methods` imports that file."""
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -27,10 +27,25 @@ def from_fields(kind: type[T], values: Any, where: str) -> T:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     if unknown := sorted(map(str, set(values) - set(known))):
         raise ValueError(f"{where}: unknown keys {unknown}; the known ones are {known}.")
+    for name in _required(kind):
+        if name not in values:
+            raise ValueError(f"{where}: {name} is missing; it has no default.")
+    for field in fields(kind):  # type: ignore[arg-type]
+        if field.type in (str, str | None) and isinstance(values.get(field.name), list | dict):
+            raise ValueError(f"{where}: {field.name}={values[field.name]!r}: must be one text.")
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _required(kind: type) -> list[str]:
+    """Names of the settings without a default."""
+    return [
+        field.name
+        for field in fields(kind)  # type: ignore[arg-type]
+        if field.default is MISSING and field.default_factory is MISSING
+    ]
 
 
 def stage_from_dict(entry: Any) -> Any:

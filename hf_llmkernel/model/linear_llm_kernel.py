@@ -69,7 +69,7 @@ def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
 
 def group_range(weight: torch.Tensor, group_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest value of every group of columns, zero included: two fp32 `[O, G]` from `[O, I]`."""
-    group = group_size or weight.shape[1]
+    group = min(group_size or weight.shape[1], weight.shape[1])
     padded = F.pad(weight.float(), (0, -weight.shape[1] % group))  # a short last group gains zeros, always in range
     groups = padded.view(weight.shape[0], -1, group)
     return groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -77,7 +77,8 @@ def group_range(weight: torch.Tensor, group_size: int | None) -> tuple[torch.Ten
 
 def expand_groups(grouped: torch.Tensor, in_features: int, group_size: int | None) -> torch.Tensor:
     """One entry a column from one a group: fp32 `[N, I]` from `[N, G]`."""
-    return grouped.float().repeat_interleave(group_size or in_features, dim=1)[:, :in_features]
+    group = min(group_size or in_features, in_features)
+    return grouped.float().repeat_interleave(group, dim=1)[:, :in_features]
 
 
 def round_to_nearest(weight: torch.Tensor, form: LinearForm) -> tuple[torch.Tensor, torch.Tensor | None]:

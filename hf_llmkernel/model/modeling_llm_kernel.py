@@ -20,6 +20,7 @@ Shapes: B batch, T tokens, S cached and new tokens, H hidden_size, N heads, D he
 """
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 
@@ -45,7 +46,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_llm_kernel import LinearForm, LLMKernelConfig
+from .configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LinearForm, LLMKernelConfig
 from .linear_llm_kernel import (
     LowRankEmbedding,
     LowRankLinear,
@@ -318,6 +319,11 @@ def scheme_std(scheme: str, std: float, out_features: int, in_features: int) -> 
 
 
 COMPRESSED = (PackedWeight, LowRankLinear, LowRankEmbedding)
+# Tensors that only a form which is not dense stores.
+OF_A_FORM = re.compile(
+    rf"(^|.*\.)({'|'.join((*ATTENTION_LINEARS, *MLP_LINEARS, 'embed_tokens', 'lm_head'))})"
+    r"(\.[ab]\.weight|(\.[ab])?\.(values|mask|scales|zero_points))"
+)
 
 
 @auto_docstring
@@ -419,6 +425,8 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         compressed = {name: module for name, module in self.named_modules() if isinstance(module, COMPRESSED)}
         missing, mismatched = set(loading_info.missing_keys), {key for key, *_ in loading_info.mismatched_keys}
         nothing_loaded = missing | mismatched >= set(self.state_dict()) - set(self.all_tied_weights_keys)
+        formed = [key for key in loading_info.unexpected_keys if OF_A_FORM.fullmatch(key)]
+        refuse_keys("of a form that config.json does not have", [] if compressed else formed)
         if not compressed or nothing_loaded:  # the latter is a fresh model from an empty state dict
             return
         prefixes = tuple(f"{name}." for name in compressed)
@@ -443,8 +451,9 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"{name}: has values that are not finite; fetch or write the checkpoint again.")
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        if quantized_linears(self):  # the library cannot turn what it has read of them back into what it would write
-            kwargs.setdefault("save_original_format", False)
+        # The library cannot turn what it has read of quantized linears back into what it would write, not even once
+        # they are floating again; nothing else of this family is read in another format.
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def dequantize(self, dtype=None):

@@ -36,6 +36,12 @@ def test_a_full_disk_is_named(tmp_path):
         raise OSError(errno.EIO, "input/output")
 
 
+def test_a_file_above_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output=.*file/deep/output: .*/file is a file, not a folder; choose another"):
+        check_output(tmp_path / "file/deep/output")
+
+
 def test_a_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with output_folder("~/output") as folder:

@@ -107,7 +107,8 @@ def test_the_plan_is_in_the_new_bytes(tiny):
 @pytest.mark.parametrize(
     ("stages", "fault"),
     [
-        ([{"cast": {}}], "cast: .*missing 1 required .*dtype"),
+        ([{"cast": {}}], "cast: dtype is missing; it has no default"),
+        ([{"cast": {"dtype": "float16"}}, {"cast": {"dtype": "bfloat16"}}], "cast: comes twice, and works when all is"),
         ([{"cast": {"dtype": "float32"}}], "dtype='float32': must be one of"),
         ([{"cast": {"dtype": "float16", "overflow": "wrap"}}], "overflow='wrap': must be one of"),
         ([{"cast": {"dtype": "float16", "include": ["q_proj"]}}], "include, exclude and layers: a model has one dtype"),

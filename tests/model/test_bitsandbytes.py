@@ -160,6 +160,15 @@ def test_dequantized_weights_are_those_of_the_files_after_a_forward(tmp_path, se
     assert torch.equal(run(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), run(plain))
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_stored_model_that_was_dequantized_is_saved(tmp_path, setting):
+    saved(quantized(written(tmp_path / "float"), setting), tmp_path / "stored")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "stored").dequantize()
+    saved(plain, tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(again.model.layers[1].mlp.gate_proj) is nn.Linear and torch.equal(run(again), run(plain))
+
+
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, torch.float16])
 def test_it_computes_in_the_dtype_asked_for(tmp_path, compute):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

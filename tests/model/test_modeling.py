@@ -336,6 +336,17 @@ def test_a_compressed_checkpoint_refuses_what_its_config_does_not_know(saved):
         LLMKernelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("forms", [MIXED, {"q_proj": {"rank": 8}}, {"up_proj": {"sparsity": "2:4"}}])
+@pytest.mark.parametrize("model_class", [LLMKernelForCausalLM, LLMKernelModel, LLMKernelForSequenceClassification])
+def test_a_config_that_lost_its_forms_is_refused(tmp_path, model_class, forms):
+    LLMKernelForCausalLM(build(linear_forms=forms).config).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    lost = {name: value for name, value in config.items() if name not in ("linear_forms", "per_layer_config")}
+    (tmp_path / "config.json").write_text(json.dumps(lost))
+    with pytest.raises(ValueError, match="of a form that config.json does not have, in a compressed checkpoint"):
+        model_class.from_pretrained(tmp_path)
+
+
 def test_a_config_that_contradicts_its_weights_is_refused(saved):
     _, folder = saved
     config = json.loads((folder / "config.json").read_text())

@@ -134,7 +134,7 @@ def _least_squares(
     weight: torch.Tensor, bases: list[torch.Tensor], hessian: torch.Tensor, group_size: int | None
 ) -> list[torch.Tensor]:
     """The factors `[O, G]` of each base `[O, I]`, group by group, whose sum is nearest to a weight under H."""
-    group = group_size or weight.shape[1]
+    group = min(group_size or weight.shape[1], weight.shape[1])
     target = weight @ hessian
     right = torch.cat([group_sums(base * target, group_size) for base in bases], 1).double()  # [O, P]
     rows = []

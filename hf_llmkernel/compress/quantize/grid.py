@@ -108,5 +108,5 @@ def chosen(where: torch.Tensor, grid: Grid, other: Grid) -> Grid:
 
 def group_sums(values: torch.Tensor, group_size: int | None) -> torch.Tensor:
     """Sums over the groups of columns: `[..., G]` of `[..., I]`."""
-    group = group_size or values.shape[-1]
+    group = min(group_size or values.shape[-1], values.shape[-1])
     return F.pad(values, (0, -values.shape[-1] % group)).unflatten(-1, (-1, group)).sum(-1)

@@ -144,7 +144,8 @@ class Quantize(MatrixStage):
         for name, legal in FLAGS.items():
             if not any(getattr(self, name) is flag for flag in legal):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be true or false.")
-        if not isinstance(self.dampening, int | float) or not 0 <= self.dampening < math.inf:
+        number = isinstance(self.dampening, int | float) and not isinstance(self.dampening, bool)
+        if not number or not 0 <= self.dampening < math.inf:
             raise ValueError(f"dampening={self.dampening!r}: must be a number of at least 0; 0.01 is the default.")
         self._check_zero_points()
         self._check_settings()
