@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Measures hf_llmkernel against llama.cpp, OpenVINO, torchao, bitsandbytes, CTranslate2 and transformers, in turns.
+#
+#   scripts/bench/peers.sh DENSE [--output FILE.json] [--systems NAME …] … (see `peers.py --help`)
+#
+# DENSE is a folder of this family, not compressed. Each peer is installed once into an environment of its own below
+# $LLMKERNEL_PEERS (default: hf_llmkernel/peers in the user's cache directory); where pip fails, its last words stand in
+# NAME.failed and in the result. Torch and transformers are those of constraints.txt.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+PEERS="${LLMKERNEL_PEERS:-${XDG_CACHE_HOME:-$HOME/.cache}/hf_llmkernel/peers}"
+
+pinned() {
+    grep "^$1==" "$ROOT/constraints.txt"
+}
+
+# install NAME PACKAGE…: the packages one after the other, so that torch's version is settled before what needs it.
+install() {
+    local name="$1" package base
+    shift
+    [ -f "$PEERS/$name.installed" ] && [ "$(cat "$PEERS/$name.installed")" = "$*" ] && return
+    echo "Installing $* into $PEERS/$name" >&2
+    rm -f "$PEERS/$name.installed" "$PEERS/$name.failed"
+    base="$(find_python)" || exit 1
+    if ! "$base" -m venv --clear "$PEERS/$name" >"$PEERS/$name.log" 2>&1; then
+        tail -n 3 "$PEERS/$name.log" >"$PEERS/$name.failed"
+        return
+    fi
+    for package in "$@"; do
+        "$PEERS/$name/bin/python" -m pip install --disable-pip-version-check --no-compile --only-binary :all: \
+            --quiet "$package" >"$PEERS/$name.log" 2>&1 && continue
+        tail -n 3 "$PEERS/$name.log" >"$PEERS/$name.failed"
+        echo "$name could not be installed: $(cat "$PEERS/$name.failed")" >&2
+        return
+    done
+    echo "$*" >"$PEERS/$name.installed"
+}
+
+make_environment
+mkdir -p "$PEERS"
+TORCH="$(pinned torch)" TRANSFORMERS="$(pinned transformers)"
+install llama.cpp "$(pinned xllamacpp)"
+install transformers "$TORCH" "$TRANSFORMERS"
+install torchao "$TORCH" "$TRANSFORMERS" torchao==0.18.0
+install bitsandbytes "$TORCH" "$TRANSFORMERS" "$(pinned accelerate)" "$(pinned bitsandbytes)"
+install OpenVINO openvino-genai==2026.4.1.0
+install CTranslate2 "$TORCH" "$TRANSFORMERS" ctranslate2==4.8.5
+exec "$PYTHON" "$ROOT/scripts/bench/peers.py" "$@" --peers "$PEERS"
