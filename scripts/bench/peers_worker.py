@@ -113,19 +113,21 @@ class HFLLMKernel(Transformers):
 
 
 class TorchAO(Transformers):
-    """Weight-only int8 a row or int4 in groups of 32; embedding and head stay in bf16."""
+    """Weight-only int8 a row or int4 in groups of 32, of the linears and the head; not compiled."""
 
     packages = ["torch", "transformers", "torchao"]
 
-    def load_options(self, form: str) -> dict[str, Any]:
-        from transformers import TorchAoConfig
-
+    def __init__(self, model: str, form: str, threads: int):
+        super().__init__(model, form, threads)
         quantization: Any = importlib.import_module("torchao.quantization")
         if form == "int8":
             config = quantization.Int8WeightOnlyConfig()
         else:
-            config = quantization.Int4WeightOnlyConfig(group_size=32, int4_packing_format="opaque")
-        return {"quantization_config": TorchAoConfig(config)}
+            # The only one with weights laid out for a CPU.
+            prototype: Any = importlib.import_module("torchao.prototype.quantization.int4")
+            config = prototype.PrototypeInt4WeightOnlyConfig(group_size=32)
+        quantization.quantize_(self.model, config)
+        self.weight_bytes = self.count_bytes(model)
 
     def count_bytes(self, model: str) -> int:
         return sum(map(stored_bytes, self.model.parameters()))
