@@ -85,6 +85,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             name, point, xytext=(6, 7 if number % 2 else -11), textcoords="offset points", fontsize=7,
             color=INK if point in front else MUTED,
         )  # fmt: skip
+    axes.margins(x=0.12)
     axes.set_yscale("log")
     axes.set_yticks(ticks := [1, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3], [f"×{tick}" for tick in ticks], minor=False)
     axes.set_xlabel("MB of weights, the whole model", color=INK)
