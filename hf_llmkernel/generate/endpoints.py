@@ -18,6 +18,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as HTTPError
+from starlette.requests import ClientDisconnect
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -99,34 +100,41 @@ class Gate:
         self.started = time.time()
 
     async def answer(self, request: Request, handle: Callable[[dict, str], Awaitable[Response]]) -> Response:
-        body = await read_body(request)
+        try:
+            body = await read_body(request)
+        except ClientDisconnect:
+            return Response(status_code=GONE)
         if self.inside >= self.most:
             message = f"{self.inside} requests are running or waiting; try again later"
             raise HTTPException(429, message, {"Retry-After": "1"})
         self.inside += 1
+        request_id = request.headers.get("x-request-id") or f"llmkernel-{uuid.uuid4().hex}"
         try:
-            response = await while_connected(request, handle(body, request.headers.get("x-request-id") or _new_id()))
+            response = await while_connected(request, self._begin(handle(body, request_id)))
         except BaseException:
             self.inside -= 1
             raise
-        if isinstance(response, StreamingResponse):
-            return Events(response.body_iterator, self._leave)
-        self._leave()
+        if not isinstance(response, Events):
+            self._leave()
         return response
+
+    async def _begin(self, work: Awaitable[Response]) -> Response:
+        """An answer, or events of which there is a first: what has not begun could not be given up either."""
+        response = await work
+        if not isinstance(response, StreamingResponse):
+            return response
+        events: Any = response.body_iterator
+        return Events(await anext(events), events, self._leave)
 
     def _leave(self) -> None:
         self.inside -= 1
         self.answered += 1
 
 
-def _new_id() -> str:
-    return f"llmkernel-{uuid.uuid4().hex}"
-
-
 async def read_body(request: Request) -> dict[str, Any]:
     try:
         body = await request.json()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON ({error})") from None
     if not isinstance(body, dict):
         raise HTTPException(400, "the body must be a JSON object")
@@ -155,13 +163,14 @@ async def _disconnection(request: Request) -> None:
 class Events(StreamingResponse):
     """Server-sent events up to OpenAI's end mark; `leave` is called however they end."""
 
-    def __init__(self, events: Any, leave: Callable[[], None]):
-        super().__init__(self._with_end(events), media_type="text/event-stream")
-        self.events = events
+    def __init__(self, first: str, rest: Any, leave: Callable[[], None]):
+        super().__init__(self._all(first), media_type="text/event-stream")
+        self.rest = rest
         self.leave = leave
 
-    async def _with_end(self, events: Any) -> AsyncIterator[str]:
-        async for event in events:
+    async def _all(self, first: str) -> AsyncIterator[str]:
+        yield first
+        async for event in self.rest:
             yield event
         yield "data: [DONE]\n\n"
 
@@ -169,8 +178,8 @@ class Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.events.aclose()  # which cancels the request, if it still runs
             self.leave()
+            await self.rest.aclose()  # which cancels the request, if it still runs
 
 
 class Models(ModelManager):
