@@ -3,6 +3,7 @@
 Reading order: `serve` -> what is needed -> the socket -> the server, which drains before it ends.
 """
 
+import asyncio
 import socket
 import sys
 from types import FrameType
@@ -88,5 +89,13 @@ def _run(app: Any, listening: socket.socket, drain: int) -> None:
             super().handle_exit(sig, frame)
             self._captured_signals.clear()  # they have ended the server as they should, not the program
 
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain)
-    Server(config).run(sockets=[listening])
+    async def drained(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not server.should_exit:
+                raise  # else the time to drain is over: the connection is closed, and no fault to be traced
+
+    settings = {"log_level": "warning", "access_log": False, "interface": "asgi3"}
+    server = Server(uvicorn.Config(drained, timeout_graceful_shutdown=drain, **settings))
+    server.run(sockets=[listening])
