@@ -80,7 +80,7 @@ def main() -> None:
     chosen = [contender for contender in CONTENDERS if contender.system in arguments.systems]
     with ExitStack() as stack:
         running, missing = start_all(chosen, models, arguments, stack)
-        speeds = measure(running, arguments.rounds, arguments.threads)
+        speeds = measure(running, arguments)
         results = [figures(running[contender], speed, contender) for contender, speed in speeds.items()]
     content = {
         "results": results,
@@ -107,6 +107,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--systems", nargs="*", choices=systems, default=systems)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="No round but the first begins later than this.")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 
@@ -198,11 +199,11 @@ def start_all(
     return running, missing
 
 
-def measure(running: dict[Contender, PeerProcess], repeats: int, threads: int) -> dict[Contender, Speed]:
+def measure(running: dict[Contender, PeerProcess], arguments: argparse.Namespace) -> dict[Contender, Speed]:
     processes, cases = list(running.values()), list(CASES.values())
-    settings = SpeedSettings(repeats=repeats, budget_seconds=3600.0, sample_tokens=0)
-    rounds = Rounds(processes, cases, threads)  # type: ignore[arg-type]
-    with tqdm(total=repeats * len(cases) * len(processes), desc="measuring", unit="sample") as bar:
+    settings = SpeedSettings(repeats=arguments.rounds, budget_seconds=arguments.seconds, sample_tokens=0)
+    rounds = Rounds(processes, cases, arguments.threads)  # type: ignore[arg-type]
+    with tqdm(total=arguments.rounds * len(cases) * len(processes), desc="measuring", unit="sample") as bar:
         rounds.run(settings, bar)
     best = best_pace(rounds.paces)
     return {
