@@ -230,6 +230,7 @@ def figures(process: PeerProcess, speed: Speed, contender: Contender) -> dict[st
         "load_seconds": speed.load_seconds,
         "idle_share": process.answer["idle_share"],
         "versions": process.answer["versions"],
+        "instructions": process.answer["instructions"],
         "tokens_per_second": {name: asdict(speed.rate(case)) for name, case in CASES.items()},
     }
 
@@ -276,7 +277,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
         draw_case(axes, results, case)
     machine = content["machine"]
     figure.suptitle("Tokens a second on the same weights, medians; lines: slowest to fastest", color=INK, fontsize=13)
-    figure.supxlabel(f"{machine['cpu']}, {machine['threads']} threads", color=MUTED, fontsize=9)
+    builds = {result["system"]: result["instructions"] for result in results if result["instructions"]}
+    built = [f"{name} as built: {text}" for name, text in builds.items()]
+    figure.supxlabel("\n".join([f"{machine['cpu']}, {machine['threads']} threads", *built]), color=MUTED, fontsize=9)
     figure.savefig(path, dpi=160)
 
 

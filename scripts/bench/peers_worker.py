@@ -61,6 +61,7 @@ def load(system: str, model: str, form: str, threads: int) -> tuple[Any, dict[st
         "first_token_seconds": time.perf_counter() - start,
         "weight_bytes": engine.weight_bytes,
         "versions": {name: version(name) for name in engine.packages},
+        "instructions": engine.instructions(),
     }
 
 
@@ -97,6 +98,10 @@ class Transformers:
 
     def load_options(self, form: str) -> dict[str, Any]:
         return {}
+
+    def instructions(self) -> str | None:
+        """What a build that does not choose at run time was compiled for; `None` for one that does."""
+        return None
 
     def count_bytes(self, model: str) -> int:
         return sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
@@ -157,7 +162,10 @@ class BitsAndBytes(Transformers):
 
 
 class LlamaCpp:
-    """The server of llama.cpp inside this process, by its own clock; a slot for each sequence of a batch."""
+    """The server of llama.cpp inside this process, by its own clock; a slot for each sequence of a batch.
+
+    The wheel of xllamacpp is compiled for AVX2: on a CPU with AVX512 it is slower than llama.cpp built there.
+    """
 
     packages = ["xllamacpp"]
 
@@ -171,6 +179,10 @@ class LlamaCpp:
         self.weight_bytes = Path(model).stat().st_size
         self.pool = ThreadPoolExecutor(MOST_BATCH)
         self.prompts = [random_tokens(PROMPT_TOKENS) for _ in range(MOST_BATCH)]
+        self.system: str = xllamacpp.get_system_info()
+
+    def instructions(self) -> str | None:
+        return self.system.strip(" |")
 
     def prefill(self, tokens: int, batch: int) -> float:
         return self.complete(0, random_tokens(tokens), 1, False)["prompt_ms"] / 1000
@@ -221,6 +233,9 @@ class OpenVINO:
         self.pipeline = self.genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
         self.weight_bytes = Path(model).stat().st_size
 
+    def instructions(self) -> str | None:
+        return None
+
     def prefill(self, tokens: int, batch: int) -> float:
         return self.run(tokens, batch, 1).get_ttft().mean / 1000
 
@@ -254,6 +269,9 @@ class CTranslate2:
         self.generator = ctranslate2.Generator(str(converted), compute_type="int8", intra_threads=threads)
         self.weight_bytes = (converted / "model.bin").stat().st_size
         self.vocabulary = json.loads((converted / "vocabulary.json").read_text(encoding="utf-8"))
+
+    def instructions(self) -> str | None:
+        return None
 
     def prefill(self, tokens: int, batch: int) -> float:
         start = time.perf_counter()
