@@ -88,7 +88,7 @@ class Context:
         for _ in range(STEPS):
             token = self.step(token)
         taken = (time.perf_counter() - start) / STEPS
-        self.cache.crop(self.filled)
+        self.cache.crop(-STEPS)
         return taken
 
     def position_bytes(self) -> float:
