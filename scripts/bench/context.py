@@ -31,11 +31,12 @@ STEPS = 32
 
 def main() -> None:
     arguments = parse_arguments()
+    # Before inference mode: weights made in it are computed with by torch alone.
+    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in arguments.models]
     with torch.inference_mode():
         contexts = {
             folder.name: {length: Context(model, length) for length in arguments.lengths}
-            for folder in arguments.models
-            for model in [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()]
+            for folder, model in zip(arguments.models, models, strict=True)
         }
         paces = measure([each for own in contexts.values() for each in own.values()], arguments.rounds)
     best = best_pace(paces)
