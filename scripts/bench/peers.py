@@ -181,7 +181,7 @@ def start_all(
                 reason = failed.read_text().strip() if failed.is_file() else "is not installed; run peers.sh"
                 missing[f"{contender.system} {contender.title}"] = reason
                 continue
-        process = stack.enter_context(PeerProcess(contender, python, models / contender.model, arguments.threads))
+        process: Any = stack.enter_context(PeerProcess(contender, python, models / contender.model, arguments.threads))
         try:
             process.answer = process.ask("load")
             for case in CASES.values():

@@ -154,8 +154,10 @@ class BitsAndBytes(Transformers):
         import torch
         from transformers import BitsAndBytesConfig
 
-        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-        return {"quantization_config": BitsAndBytesConfig(**({"load_in_8bit": True} if form == "int8" else four))}
+        options: dict[str, Any] = {"load_in_8bit": True}
+        if form != "int8":
+            options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        return {"quantization_config": BitsAndBytesConfig(**options)}
 
     def count_bytes(self, model: str) -> int:
         return self.model.get_memory_footprint()
