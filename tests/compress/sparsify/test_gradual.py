@@ -466,11 +466,25 @@ def stored_bytes(folder) -> int:
     return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
 
 
+def test_integers_stay_as_they_are_beside_packed_zeros(tmp_path):
+    model = family(linear_forms={"v_proj": {"bits": 8}}).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.view(-1, 4)[:, 1:3] = 0.0
+    packed = pack_zeros(model, "2:4")
+    assert all(form["sparsity"] == "2:4" for form in forms(packed, "q_proj"))
+    assert all(form["bits"] == 8 and "sparsity" not in form for form in forms(packed, "v_proj"))
+    packed.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens()).logits, expected)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_packed_zeros_load_with_auto_model_and_give_the_same_logits(pattern, tmp_path):
-    model = family(linear_forms={"up_proj": {"rank": 16}, "v_proj": {"bits": 8}}, attention_bias=True).eval()
-    target = None if pattern == "2:4" else 0.7
-    pruning = GradualPruning(target, end_step=4, pattern=pattern, pruning_scope="global", exclude=["gate_proj"])
+    model = family(linear_forms={"up_proj": {"rank": 16}}, attention_bias=True).eval()
+    target, exclude = None if pattern == "2:4" else 0.7, ["gate_proj", "v_proj"]
+    pruning = GradualPruning(target, end_step=4, pattern=pattern, pruning_scope="global", exclude=exclude)
     trainer_for(model, tmp_path, pruning, max_steps=5).train()
     model.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
