@@ -140,14 +140,18 @@ def _read_dataset(source: str) -> Sequence[Document]:
     try:
         dataset = _load_dataset(str(name), config, split)
     except Exception as error:  # of a library that raises of every kind: what matters is that it did not load
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"text={source!r}: `datasets` cannot load it ({reason}); check NAME:CONFIG:SPLIT:COLUMN, or use one of "
-            f"{sorted(BUILT_IN_TEXTS)}."
+            f"text={source!r}: `datasets` cannot load it ({_reason(error)}); check NAME:CONFIG:SPLIT:COLUMN, or use "
+            f"one of {sorted(BUILT_IN_TEXTS)}."
         ) from error
     if isinstance(dataset, DatasetDict):
         dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
     return _documents_of(source, dataset, _column(source, dataset, column, "NAME:CONFIG:SPLIT:COLUMN"))
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _read_table(path: Path, column: str | None) -> Sequence[Document]:
@@ -156,9 +160,9 @@ def _read_table(path: Path, column: str | None) -> Sequence[Document]:
     source = str(path)
     try:
         dataset = Dataset(TABLES[path.suffix](path))
-    except Exception as error:  # of a library that raises of every kind: what matters is that it did not load
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"text={source!r}: is no {path.suffix[1:]} file that can be read ({reason}).") from error
+    except Exception as error:  # likewise
+        kind = path.suffix[1:]
+        raise ValueError(f"text={source!r}: is no {kind} file that can be read ({_reason(error)}).") from error
     return _documents_of(source, dataset, _column(source, dataset, column, "FILE:COLUMN"))
 
 
