@@ -18,15 +18,19 @@ What was done to a checkpoint is in `config.json` alone, so that building the mo
 that its files hold.
 """
 
+import inspect
 import math
 import re
+import reprlib
 import shutil
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.modeling_rope_utils import RopeParameters
@@ -261,7 +265,37 @@ class LinearForm:
         return stored
 
 
+def with_plain_errors(config_class: type) -> type:
+    """The class with the errors of `@strict`, which are of several lines and no `ValueError`, as one-line ones."""
+    assign, validate = config_class.__setattr__, config_class.validate
+
+    @wraps(assign)
+    def assign_plainly(self, name, value):
+        try:
+            assign(self, name, value)
+        except StrictDataclassFieldValidationError:
+            refuse_type(config_class, name, value)
+
+    @wraps(validate)
+    def validate_plainly(self):
+        try:
+            validate(self)
+        except StrictDataclassClassValidationError as error:
+            raise ValueError(str(error.__cause__)) from None
+
+    config_class.__setattr__, config_class.validate = assign_plainly, validate_plainly
+    return config_class
+
+
+def refuse_type(config_class: type, name: str, value: Any, where: str = "") -> None:
+    """Raises `ValueError` for a field of another type than the class declares."""
+    declared = next(field.type for field in fields(config_class) if field.name == name)
+    kind = inspect.formatannotation(declared).replace(" | ", " or ").replace("None", "null")
+    raise ValueError(f"{where}{name}={reprlib.repr(value)}: must be {kind}; correct it.") from None
+
+
 @auto_docstring(custom_intro="Configuration of the LLMKernel family; its defaults are Llama's.")
+@with_plain_errors
 @strict
 class LLMKernelConfig(PreTrainedConfig):
     r"""
@@ -335,7 +369,7 @@ class LLMKernelConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1; correct it.")
-        self._check_overrides(kwargs.get("per_layer_config") or {})
+        self._check_overrides(kwargs.get("per_layer_config"))
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -355,16 +389,35 @@ class LLMKernelConfig(PreTrainedConfig):
         # Of the instance, for the plan of a low-rank linear differs from a dense one's.
         self.base_model_tp_plan = self._tensor_parallel_plan()
 
-    def _check_overrides(self, per_layer_config: dict) -> None:
+    def _check_overrides(self, per_layer_config: dict | None) -> None:
+        per_layer_config = {} if per_layer_config is None else per_layer_config
+        if not isinstance(per_layer_config, dict) or not all(str(index).isdigit() for index in per_layer_config):
+            raise ValueError(
+                f"per_layer_config={reprlib.repr(per_layer_config)}: must be a dictionary from numbers of layers, 0 to "
+                f"{self.num_hidden_layers - 1}; correct it."
+            )
         for layer_idx, overrides in per_layer_config.items():
+            if not isinstance(overrides, dict):
+                raise ValueError(
+                    f"per_layer_config[{layer_idx}]={reprlib.repr(overrides)}: must be a dictionary; correct it."
+                )
             if unknown := sorted(set(overrides) - set(LAYER_FIELDS)):
                 raise ValueError(
                     f"per_layer_config[{layer_idx}]: {unknown[0]!r} is not a layer's own; those that are: "
                     f"{list(LAYER_FIELDS)}."
                 )
+            for name, value in overrides.items():
+                self._check_type(name, value, f"per_layer_config[{layer_idx}]: ")
         if self.skip and per_layer_config:
             # transformers' view of a layer knows no default for `skip`, so it would silently count for nothing.
             raise ValueError(f"skip={self.skip!r}: is read in per_layer_config alone where there is one; set it there.")
+
+    def _check_type(self, name: str, value: Any, where: str) -> None:
+        for validator in self.__validators__[name]:  # of `@strict`
+            try:
+                validator(value)
+            except (ValueError, TypeError):
+                refuse_type(type(self), name, value, where)
 
     def validate_architecture(self):
         """Part of `@strict`: every layer's shapes and forms are legal. Raises `ValueError` naming layer and value."""
