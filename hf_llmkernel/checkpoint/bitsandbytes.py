@@ -18,6 +18,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..model.modeling_llm_kernel import check_quantized_tensors
+
 QUANT_TYPES = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256  # values of a scale, and scales of a scale
 TABLE, NESTED_TABLE = 16, 256  # values that a code stands for
@@ -127,11 +129,18 @@ class BitsAndBytes:
         )
         return {"weight": codes, **{f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}}
 
-    def linear(self, plain: nn.Linear, stored: Mapping[str, torch.Tensor]) -> nn.Module:
-        """The module that computes with what is stored for a linear; takes the bias of the plain one."""
+    def linear(self, name: str, plain: nn.Linear, stored: Mapping[str, torch.Tensor]) -> nn.Module:
+        """The module that computes with what is stored for a linear; takes the bias of the plain one.
+
+        Raises:
+            ValueError: with the linear's `name`, a tensor that is missing or damaged.
+        """
         import bitsandbytes
 
         modules: Any = bitsandbytes.nn
+        values = {suffix: tensor.numel() for suffix, tensor in stored.items()}
+        whole = (plain.out_features, plain.in_features)
+        check_quantized_tensors(name, whole, self.quant_type, values, stored.__getitem__)
         shape = {"input_features": plain.in_features, "output_features": plain.out_features, "bias": False}
         if self.is_four_bit:
             compute = getattr(torch, self.compute_dtype)

@@ -111,7 +111,7 @@ class ModelFolder:
         with torch.device("meta"):
             head = build_linear(self.config.hidden_size, self.config.vocab_size, form)
         if self.quantization is not None and not {"weight.absmax", "SCB"}.isdisjoint(stored):
-            return self.quantization.linear(cast(nn.Linear, head), stored)
+            return self.quantization.linear("embed_tokens" if tied else "lm_head", cast(nn.Linear, head), stored)
         head.load_state_dict(in_fp32(stored), assign=True)
         return head.eval()
 
@@ -147,13 +147,14 @@ def block_module(
         module = LLMKernelDecoderLayer(layer, index)
     quantized = {} if quantization is None else encoded_linears(tensors)
     apart = {key for keys in quantized.values() for key in keys}
-    plain = {name: tensor for name, tensor in tensors.items() if name not in apart}
-    left = module.load_state_dict(in_fp32(plain), assign=True, strict=not quantized)
+    others = {name: tensor for name, tensor in tensors.items() if name not in apart}
+    left = module.load_state_dict(in_fp32(others), assign=True, strict=not quantized)
     if odd := {*left.unexpected_keys, *left.missing_keys} ^ {f"{name}.weight" for name in quantized}:
         raise ValueError(f"layers.{index}.{min(odd)}: missing or unknown; config.json and the weights must be of one.")
     for name, keys in quantized.items():
         own = {key.removeprefix(f"{name}."): tensors[key] for key in keys}
-        linear = cast(BitsAndBytes, quantization).linear(cast(nn.Linear, module.get_submodule(name)), own)
+        plain = cast(nn.Linear, module.get_submodule(name))
+        linear = cast(BitsAndBytes, quantization).linear(f"layers.{index}.{name}", plain, own)
         module.set_submodule(name, linear)
     return module.eval()
 

@@ -19,10 +19,12 @@ checkpoints alike; layers may differ in width, heads, forms, and in what they sk
 Shapes: B batch, T tokens, S cached and new tokens, H hidden_size, N heads, D head_dim.
 """
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -523,31 +525,43 @@ def check_stored_types(model: LLMKernelPreTrainedModel, state_dict: dict | None,
     for name, tensor in model.state_dict().items():
         exact = not tensor.is_floating_point() or name.endswith((".scales", ".zero_points"))
         wanted[name.removeprefix(body)] = STORED_TYPES[tensor.dtype] if exact else FLOATING_TYPES
-    for file, name, stored in stored_types(state_dict, files):
-        types = wanted.get(name.removeprefix(body), (stored,))
-        if stored not in types:
+    for tensor in stored_tensors(state_dict, files):
+        types = wanted.get(tensor.name.removeprefix(body), (tensor.type,))
+        if tensor.type not in types:
+            where = f"{tensor.file}: " if tensor.file else ""
             raise ValueError(
-                f"{file}{name}: is stored as {stored}, by its form in config.json it is {' or '.join(types)}; these "
-                "are not files of one checkpoint: fetch or write it again."
+                f"{where}{tensor.name}: is stored as {tensor.type}, by its form in config.json it is "
+                f"{' or '.join(types)}; these are not files of one checkpoint: fetch or write it again."
             )
 
 
-def stored_types(state_dict: dict | None, files: list[str]) -> Iterator[tuple[str, str, str]]:
-    """File, name and type of every tensor that will be loaded."""
+class StoredTensor(NamedTuple):
+    """A tensor that will be loaded, from a file or `""`: a state dict."""
+
+    file: str
+    name: str
+    type: str  # as safetensors names it
+    values: int
+
+
+def stored_tensors(state_dict: dict | None, files: list[str]) -> Iterator[StoredTensor]:
+    """All tensors that will be loaded, but for those of files that are not safetensors."""
     if state_dict is not None:
         names = {dtype: types[0] for dtype, types in STORED_TYPES.items()}
         for name, tensor in state_dict.items():
-            yield "", name, names.get(tensor.dtype, "F64" if tensor.is_floating_point() else str(tensor.dtype))
+            kind = names.get(tensor.dtype, "F64" if tensor.is_floating_point() else str(tensor.dtype))
+            yield StoredTensor("", name, kind, tensor.numel())
         return
     for file in filter(lambda file: str(file).endswith(".safetensors"), files):
         try:
             with safe_open(file, framework="pt") as tensors:
                 names = tensors.keys()
-                types = {name: tensors.get_slice(name).get_dtype() for name in names}
+                slices = {name: tensors.get_slice(name) for name in names}
+                found = [(name, part.get_dtype(), math.prod(part.get_shape())) for name, part in slices.items()]
         except SafetensorError as error:
             raise ValueError(f"{file}: {error}; the file is damaged, fetch or write it again.") from None
-        for name, stored in types.items():
-            yield f"{file}: ", name, stored
+        for name, kind, values in found:
+            yield StoredTensor(str(file), name, kind, values)
 
 
 def refuse_keys(fault: str, keys: list[str]) -> None:
@@ -654,20 +668,93 @@ def cast_floating(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_stored_quantized(model: LLMKernelPreTrainedModel, state_dict: dict | None, files: list[str]) -> None:
-    """Raises `ValueError` where a checkpoint lacks a tensor that bitsandbytes stores for a linear."""
+    """Raises `ValueError` where what a checkpoint has of a linear that bitsandbytes quantized is not whole."""
     body = f"{model.base_model_prefix}."
-    stored = {name.removeprefix(body) for _, name, _ in stored_types(state_dict, files)}
+    stored = {tensor.name.removeprefix(body): tensor for tensor in stored_tensors(state_dict, files)}
+
+    def read(path: str) -> torch.Tensor:
+        tensor = stored[path]
+        if state_dict is not None:
+            return state_dict[tensor.name]
+        with safe_open(tensor.file, framework="pt") as tensors:
+            return tensors.get_tensor(tensor.name)
+
     for name, linear in quantized_linears(model).items() if stored else ():
-        path, weight = name.removeprefix(body), linear.weight
+        weight, path = linear.weight, name.removeprefix(body)
         if getattr(weight, "has_fp16_weights", False):
             continue
-        suffixes = ["weight", "SCB"]
-        if type(weight).__name__ == "Params4bit":
-            kinds = ("absmax", "quant_map", f"quant_state.bitsandbytes__{weight.quant_type}")
-            suffixes = ["weight", *(f"weight.{kind}" for kind in kinds)]
-        for suffix in suffixes:
-            if f"{path}.{suffix}" not in stored:
-                refuse_quantized(f"{name}.{suffix}", "missing")
+        kind = weight.quant_type if type(weight).__name__ == "Params4bit" else "int8"
+        own = {key: tensor for key, tensor in stored.items() if key.startswith(f"{path}.")}
+        values = {key.removeprefix(f"{path}."): tensor.values for key, tensor in own.items()}
+        shape = (linear.out_features, linear.in_features)
+        check_quantized_tensors(name, shape, kind, values, lambda suffix, path=path: read(f"{path}.{suffix}"))
+
+
+def check_quantized_tensors(
+    name: str, shape: tuple[int, int], kind: str, values: Mapping[str, int], read: Callable[[str], torch.Tensor]
+) -> None:
+    """Raises `ValueError` where a tensor that bitsandbytes stores for a linear is missing or not of its shape.
+
+    Args:
+        name: of the linear.
+        shape: O and I.
+        kind: `"nf4"`, `"fp4"` or `"int8"`.
+        values: how many each stored tensor has, by suffix.
+        read: one of these.
+    """
+    state = f"weight.quant_state.bitsandbytes__{kind}"
+    counts = {"weight": None, "SCB": shape[0]}
+    if kind != "int8":
+        if state not in values:
+            refuse_quantized(f"{name}.{state}", "missing")
+        counts = {"weight": None, **four_bit_counts(f"{name}.{state}", read(state), kind, shape)}
+    for suffix, count in counts.items():
+        if suffix not in values:
+            refuse_quantized(f"{name}.{suffix}", "missing")
+        if count not in (None, values[suffix]):
+            refuse_quantized(f"{name}.{suffix}", f"has {values[suffix]} values, not the {count} of its linear")
+
+
+def four_bit_counts(name: str, state: torch.Tensor, kind: str, shape: tuple[int, int]) -> dict[str, int]:
+    """How many values bitsandbytes stores beside 4-bit codes, by suffix, as the state of a linear says.
+
+    Args:
+        name: of the state.
+        state: bytes of a JSON object.
+        kind, shape: of the linear.
+
+    Raises:
+        ValueError: a state that cannot be read, or is not of the linear.
+    """
+    try:
+        said = json.loads(bytes(state.tolist()))
+    except (ValueError, TypeError):  # no bytes, no text, no JSON
+        said = None
+    if not isinstance(said, dict):
+        refuse_quantized(name, "is no JSON object")
+    nested = "nested_blocksize" in said
+    expected = {
+        "quant_type": (kind,),
+        "blocksize": FOUR_BIT_BLOCKS,
+        "dtype": tuple(BITSANDBYTES_SETTINGS["bnb_4bit_compute_dtype"]),
+        "shape": (list(shape),),
+        **({"nested_blocksize": (NESTED_BLOCK,), "nested_dtype": ("float32",)} if nested else {}),
+    }
+    for field, legal in expected.items():
+        if said.get(field) not in legal:
+            refuse_quantized(name, f"{field}={said.get(field)!r} is not {' or '.join(map(str, legal))}")
+    scales = math.ceil(math.prod(shape) / said["blocksize"])
+    counts = {"weight.absmax": scales, "weight.quant_map": 16}
+    if not nested:
+        return counts
+    offset = said.get("nested_offset")
+    if not isinstance(offset, float) or not math.isfinite(offset):
+        refuse_quantized(name, f"nested_offset={offset!r} is no finite number")
+    return {**counts, "weight.nested_absmax": math.ceil(scales / NESTED_BLOCK), "weight.nested_quant_map": 256}
+
+
+FOUR_BIT_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values that share a scale
+NESTED_BLOCK = 256  # scales that share one
 
 
 def refuse_quantized(name: str, fault: str) -> None:
@@ -842,6 +929,14 @@ class LLMKernelForCausalLM(LLMKernelPreTrainedModel, GenerationMixin):
         kernels = kernels_in_use()
         with nullcontext() if kernels is None else kernels.generating():
             return super().generate(*args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        try:  # where the package is installed
+            from hf_llmkernel.generate.speculative import assisted_decoding
+        except ImportError:
+            return super()._assisted_decoding(*args, **kwargs)
+        written = assisted_decoding(self, *args, **kwargs)
+        return super()._assisted_decoding(*args, **kwargs) if written is None else written
 
     @can_return_tuple
     @auto_docstring

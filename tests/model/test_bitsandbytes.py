@@ -5,6 +5,7 @@ The references are bitsandbytes' own numbers taken apart: codes, quantile table 
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_llmkernel.model.modeling_llm_kernel as modeling
+from hf_llmkernel.checkpoint.model_folder import ModelFolder
 from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -310,14 +312,90 @@ def scale_name(setting: str) -> str:
 )
 def test_damaged_tensors_are_named(stored, tmp_path, damage, fault):
     folder, setting = stored
-    if fault == "missing" and setting == "nf4 double":
-        pytest.skip("the loader of bitsandbytes says so itself")
     copied = shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(copied / "model.safetensors")
     damage(tensors, scale_name(setting))
     save_file(tensors, copied / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{UP}.*{fault}|{fault}"):
         AutoModelForCausalLM.from_pretrained(copied)
+
+
+STATE = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+
+
+def state_of(content: bytes) -> torch.Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+def with_fields(**fields):
+    """A state with other fields; `None` leaves one out."""
+
+    def damage(tensors):
+        said = {**json.loads(bytes(tensors[STATE].tolist())), **fields}
+        kept = {name: value for name, value in said.items() if value is not None}
+        tensors[STATE] = state_of(json.dumps(kept).encode())
+
+    return damage
+
+
+def shortened(suffix: str):
+    return lambda tensors: tensors.update({f"{UP}.{suffix}": tensors[f"{UP}.{suffix}"][:-1].clone()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda tensors: tensors.update({STATE: state_of(bytes(range(128, 206)))}), f"{STATE}: is no JSON object"),
+        (lambda tensors: tensors.update({STATE: tensors[STATE][:40].clone()}), f"{STATE}: is no JSON object"),
+        (lambda tensors: tensors.update({STATE: state_of(b"")}), f"{STATE}: is no JSON object"),
+        (lambda tensors: tensors.update({STATE: state_of(b"[64]")}), f"{STATE}: is no JSON object"),
+        (lambda tensors: tensors.update({STATE: torch.zeros(78)}), f"{STATE}: is no JSON object"),
+        (lambda tensors: tensors.pop(STATE), f"{STATE}: missing"),
+        (with_fields(quant_type="fp4"), f"{STATE}: quant_type='fp4' is not nf4"),
+        (with_fields(blocksize=None), f"{STATE}: blocksize=None is not 32 or 64"),
+        (with_fields(blocksize=128), f"{UP}.weight.absmax: has 128 values, not the 64 of its linear"),
+        (with_fields(dtype="int3"), f"{STATE}: dtype='int3' is not float32 or bfloat16"),
+        (with_fields(shape=[64, 128]), f"{STATE}: shape=[64, 128] is not [128, 64]"),
+        (shortened("weight.absmax"), f"{UP}.weight.absmax: has 127 values, not the 128 of its linear"),
+        (shortened("weight.quant_map"), f"{UP}.weight.quant_map: has 15 values, not the 16 of its linear"),
+    ],
+)
+@pytest.mark.parametrize("stored", ["nf4", "nf4 double"], indirect=True)
+def test_a_damaged_state_of_four_bits_is_named_in_one_line(stored, tmp_path, damage, fault):
+    refused(stored[0], tmp_path / "copy", damage, fault)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (with_fields(nested_blocksize=128), f"{STATE}: nested_blocksize=128 is not 256"),
+        (with_fields(nested_dtype=None), f"{STATE}: nested_dtype=None is not float32"),
+        (with_fields(nested_offset=float("nan")), f"{STATE}: nested_offset=nan is no finite number"),
+        (shortened("weight.nested_quant_map"), f"{UP}.weight.nested_quant_map: has 255 values, not the 256"),
+        (lambda tensors: tensors.pop(f"{UP}.weight.nested_absmax"), f"{UP}.weight.nested_absmax: missing"),
+    ],
+)
+@pytest.mark.parametrize("stored", ["nf4 double"], indirect=True)
+def test_a_damaged_state_of_scales_in_eight_bits_is_named_in_one_line(stored, tmp_path, damage, fault):
+    refused(stored[0], tmp_path / "copy", damage, fault)
+
+
+@pytest.mark.parametrize("stored", ["int8"], indirect=True)
+def test_too_few_scales_of_int8_are_named(stored, tmp_path):
+    refused(stored[0], tmp_path / "copy", shortened("SCB"), f"{UP}.SCB: has 127 values, not the 128 of its linear")
+
+
+def refused(folder: Path, copied: Path, damage, fault: str) -> None:
+    """Loaded as a model or walked over block by block, damaged tensors end with the same line."""
+    shutil.copytree(folder, copied)
+    tensors = load_file(copied / "model.safetensors")
+    damage(tensors)
+    save_file(tensors, copied / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"^{re.escape(fault)}") as error:
+        AutoModelForCausalLM.from_pretrained(copied)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=f"^{re.escape(fault.removeprefix('model.'))}"):
+        ModelFolder(copied).block(0)
 
 
 def other_bits(config: dict) -> dict:
@@ -333,7 +411,7 @@ def other_bits(config: dict) -> dict:
             lambda config: config["quantization_config"].update(llm_int8_skip_modules=["lm_head", "up_proj"]),
             "is stored as (I8|U8)",
         ),
-        (lambda config: config.update(num_key_value_heads=1), "k_proj: has another shape"),
+        (lambda config: config.update(num_key_value_heads=1), r"k_proj.*(is not \[16, 64\]|not the 16 of)"),
         (lambda config: config.update(quantization_config=other_bits(config)), "is stored as (I8|U8)"),
     ],
 )
