@@ -42,8 +42,7 @@ template <class Reader>
 inline void integer_tile(const llmk_matrix& w, const uint8_t* record, const Tile& x, float* out) {
     const uint8_t* scales = record;
     const uint8_t* zeros = scales + scale_bytes(w);
-    const uint8_t* masks = zeros + zero_bytes(w);
-    Reader reader(w, masks, masks + mask_bytes(w));
+    Reader reader(w, zeros + zero_bytes(w));
     const int64_t segments = padded_columns(w) / kSegment, of_group = group_segments(w);
     const int64_t scale_step = kBlock * type_bytes(w.scale_type), zero_step = kBlock * type_bytes(w.zero_type);
     const bool symmetric = w.zero_type == LLMK_TYPE_NONE;
@@ -112,12 +111,11 @@ struct FloatsOfRows {
 #ifdef LLMK_SPARSE_LANES
 struct SparsePairs {
     static constexpr int kParts = 1;
-    const uint32_t* masks;
     const uint8_t* values;
-    SparsePairs(const llmk_matrix& w, int64_t block)
-        : masks(reinterpret_cast<const uint32_t*>(record(w, block))), values(record(w, block) + mask_bytes(w)) {}
+    SparsePairs(const llmk_matrix& w, int64_t block) : values(record(w, block)) {}
     void next(Floats* weights) {
-        for (int i = 0; i < 16; ++i) weights[i] = expand_pairs(*masks++, values);
+        Masks<uint32_t> masks(values);
+        for (int i = 0; i < 16; ++i) weights[i] = expand_pairs(masks.next(), values);
     }
     static const uint16_t* inputs(const Tile& x) { return x.bf16; }
     static Floats dot(Floats acc, Floats weights, const uint16_t* x) { return dot_pair(acc, weights, x); }

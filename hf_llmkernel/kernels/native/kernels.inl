@@ -58,6 +58,9 @@ inline Floats load_scales(const uint8_t* p, int32_t type) {
     }
 }
 
+// Packed weights are asked for so many bytes before they are needed: the memory's latency at 40 GB/s and more.
+constexpr int64_t kAhead = 8192;
+
 template <int Lines>
 inline void prefetch_lines(const uint8_t* p) {
     for (int i = 0; i < Lines; ++i) prefetch(p + i * kLine);
@@ -67,11 +70,11 @@ inline void prefetch_lines(const uint8_t* p) {
 struct DenseInt8 {
     static constexpr bool kNarrow = false;
     const uint8_t* values;
-    DenseInt8(const llmk_matrix&, const uint8_t*, const uint8_t* v) : values(v) {}
+    DenseInt8(const llmk_matrix&, const uint8_t* v) : values(v) {}
     void group(const uint8_t*) {}
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch_lines<8>(values + 2048);
+        prefetch_lines<8>(values + kAhead);
         for (int i = 0; i < 8; ++i, values += 64) dot(c_load(values), 4 * i);
     }
 };
@@ -79,11 +82,11 @@ struct DenseInt8 {
 struct DenseInt4 {
     static constexpr bool kNarrow = true;
     const uint8_t* values;
-    DenseInt4(const llmk_matrix&, const uint8_t*, const uint8_t* v) : values(v) {}
+    DenseInt4(const llmk_matrix&, const uint8_t* v) : values(v) {}
     void group(const uint8_t*) {}
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch_lines<4>(values + 2048);
+        prefetch_lines<4>(values + kAhead);
         for (int i = 0; i < 4; ++i, values += 64) {
             const Codes pairs = c_load(values);
             dot(c_low(pairs), 8 * i);
@@ -93,26 +96,37 @@ struct DenseInt4 {
 };
 
 #ifdef LLMK_SPARSE_LANES
+// The masks of a segment, behind `p`; it moves to the values behind them.
+template <class Mask>
+struct Masks {
+    explicit Masks(const uint8_t*& p) : from(p) { p += kLine; }
+    Mask next() {
+        Mask mask;
+        __builtin_memcpy(&mask, from, sizeof(mask));
+        from += sizeof(mask);
+        return mask;
+    }
+    const uint8_t* from;
+};
+
 // What is left out counts as the code of zero: the offset, or the row's own zero point.
 template <bool Nibbles>
 struct Sparse {
     static constexpr bool kNarrow = Nibbles;
-    const uint64_t* masks;
     const uint8_t* values;
     Codes fill;
     bool symmetric;
-    Sparse(const llmk_matrix& w, const uint8_t* m, const uint8_t* v)
-        : masks(reinterpret_cast<const uint64_t*>(m)), values(v), fill(c_set(Nibbles ? 8 : 128)),
-          symmetric(w.zero_type == LLMK_TYPE_NONE) {}
+    Sparse(const llmk_matrix& w, const uint8_t* v)
+        : values(v), fill(c_set(Nibbles ? 8 : 128)), symmetric(w.zero_type == LLMK_TYPE_NONE) {}
     void group(const uint8_t* zeros) {
         if (!symmetric) fill = c_of_rows(zeros);
     }
     template <class Dot>
     void segment(Dot&& dot) {
-        prefetch(masks + 128);
-        prefetch_lines<4>(values + 2048);
-        for (int i = 0; i < 8; ++i, ++masks)
-            dot(Nibbles ? expand_nibbles(fill, *masks, values) : expand_bytes(fill, *masks, values), 4 * i);
+        prefetch_lines<5>(values + kAhead);
+        Masks<uint64_t> masks(values);
+        for (int i = 0; i < 8; ++i)
+            dot(Nibbles ? expand_nibbles(fill, masks.next(), values) : expand_bytes(fill, masks.next(), values), 4 * i);
     }
 };
 #endif
@@ -122,8 +136,7 @@ template <class Reader, int M>
 inline void integer_block(const llmk_matrix& w, const uint8_t* record, const Inputs& x, int64_t m, Floats* out) {
     const uint8_t* scales = record;
     const uint8_t* zeros = scales + scale_bytes(w);
-    const uint8_t* masks = zeros + zero_bytes(w);
-    Reader reader(w, masks, masks + mask_bytes(w));
+    Reader reader(w, zeros + zero_bytes(w));
     const int64_t segments = x.padded / kSegment, of_group = group_segments(w);
     const int64_t scale_step = kBlock * type_bytes(w.scale_type), zero_step = kBlock * type_bytes(w.zero_type);
     const bool symmetric = w.zero_type == LLMK_TYPE_NONE;
@@ -204,14 +217,23 @@ inline void float_block(const llmk_matrix& w, int64_t row, int64_t rows, const I
 
 #ifdef LLMK_SPARSE_LANES
 template <int M>
-inline void sparse_bf16_block(const llmk_matrix& w, const uint8_t* record, const Inputs& x, int64_t m, Floats* out) {
-    const auto* masks = reinterpret_cast<const uint32_t*>(record);
-    const uint8_t* values = record + mask_bytes(w);
-    for (int i = 0; i < M; ++i) out[i] = f_zero();
-    for (int64_t column = 0; column < x.padded; column += 2, ++masks) {
-        prefetch(values + 1024);
-        const Floats pairs = expand_pairs(*masks, values);
-        for (int i = 0; i < M; ++i) out[i] = dot_pair(out[i], pairs, x.bf16 + (m + i) * x.padded + column);
+inline void sparse_bf16_block(const uint8_t* values, const Inputs& x, int64_t m, Floats* out) {
+    constexpr int P = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of a row, so that none waits for the one before
+    Floats sums[M][P];
+    for (int i = 0; i < M; ++i)
+        for (int p = 0; p < P; ++p) sums[i][p] = f_zero();
+    for (int64_t column = 0; column < x.padded; column += kSegment) {
+        prefetch_lines<9>(values + kAhead);
+        Masks<uint32_t> masks(values);
+        for (int pair = 0; pair < 16; ++pair) {
+            const Floats pairs = expand_pairs(masks.next(), values);
+            for (int i = 0; i < M; ++i)
+                sums[i][pair % P] = dot_pair(sums[i][pair % P], pairs, x.bf16 + (m + i) * x.padded + column + 2 * pair);
+        }
+    }
+    for (int i = 0; i < M; ++i) {
+        out[i] = sums[i][0];
+        for (int p = 1; p < P; ++p) out[i] = f_add(out[i], sums[i][p]);
     }
 }
 #endif
@@ -229,7 +251,7 @@ inline void block_product(const llmk_matrix& w, int64_t block, const Inputs& x, 
 #ifdef LLMK_SPARSE_LANES
         case LLMK_SPARSE_INT8: return integer_block<Sparse<false>, M>(w, record(w, block), x, m, out);
         case LLMK_SPARSE_INT4: return integer_block<Sparse<true>, M>(w, record(w, block), x, m, out);
-        case LLMK_SPARSE_BF16: return sparse_bf16_block<M>(w, record(w, block), x, m, out);
+        case LLMK_SPARSE_BF16: return sparse_bf16_block<M>(record(w, block), x, m, out);
 #endif
         default: __builtin_trap();
     }

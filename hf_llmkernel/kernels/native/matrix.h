@@ -2,12 +2,13 @@
 //
 // Sixteen rows are a block, and a block is one record that is read from its beginning to its end:
 //
-//   scales [G, 16] | zero points [G, 16] | masks | values       each part begins at a multiple of 64 bytes
+//   scales [G, 16] | zero points [G, 16] | values       each part begins at a multiple of 64 bytes
 //
 // Values are interleaved such that 64 bytes hold 4 columns of all 16 rows, as vpdpbusd takes them: byte `4 * row +
 // column` (of int4, 8 columns: column c in the low half, column 4 + c in the high half; of bf16, 2 columns of words). A
-// sparse record has one mask bit for every value, in that order, and only the values whose bit is set, those of int4 two
-// a byte and beginning at a whole byte for every 64. In front of sparse records stands where each of them begins.
+// sparse record has, for every 32 columns, 64 bytes of masks, one bit for every value in that order, and behind them only
+// the values whose bit is set, those of int4 two a byte and beginning at a whole byte for every 64: one stream, which the
+// processor fetches ahead. In front of sparse records stands where each of them begins.
 //
 // Columns are padded such that every group begins at a multiple of 32, the columns that share a scale of the activations.
 #pragma once
@@ -54,9 +55,6 @@ inline int64_t padding_group(const llmk_matrix& w) {
 // Bytes of the parts of a record.
 inline int64_t scale_bytes(const llmk_matrix& w) { return round_up(groups(w) * kBlock * type_bytes(w.scale_type), kLine); }
 inline int64_t zero_bytes(const llmk_matrix& w) { return round_up(groups(w) * kBlock * type_bytes(w.zero_type), kLine); }
-inline int64_t mask_bytes(const llmk_matrix& w) {
-    return is_sparse(w.kind) ? round_up(padded_columns(w) * kBlock / 8, kLine) : 0;
-}
 inline int64_t dense_bytes(const llmk_matrix& w) { return padded_columns(w) * kBlock / (is_int4(w.kind) ? 2 : 1); }
 inline int64_t record_bytes(const llmk_matrix& w) { return scale_bytes(w) + zero_bytes(w) + dense_bytes(w); }
 inline int64_t table_bytes(const llmk_matrix& w) {

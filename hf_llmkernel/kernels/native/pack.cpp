@@ -103,27 +103,43 @@ void write_dense(const llmk_matrix& w, const BlockRows<uint8_t>& rows, uint8_t* 
             }
 }
 
-// Masks and values of one record, or its bytes alone where `masks` is NULL.
+// The 64 bits of a mask and its values, behind each other.
 template <class Value>
-int64_t write_sparse(const llmk_matrix& w, const BlockRows<Value>& rows, uint8_t* masks, uint8_t* values) {
-    const int64_t columns_a_mask = 4 / static_cast<int64_t>(sizeof(Value));
+struct MaskedValues {
+    uint64_t mask = 0;
+    int64_t count = 0;
+    uint8_t bytes[kLine] = {};
+    void add(int bit, Value value, bool nibbles) {
+        mask |= uint64_t{1} << bit;
+        uint8_t* to = bytes + (nibbles ? count / 2 : count * static_cast<int64_t>(sizeof(Value)));
+        if (nibbles) *to = static_cast<uint8_t>(*to | (value << (4 * (count % 2))));
+        else std::memcpy(to, &value, sizeof(Value));
+        ++count;
+    }
+};
+
+// Segments of masks and values, or their bytes alone where `out` is NULL.
+template <class Value>
+int64_t write_sparse(const llmk_matrix& w, const BlockRows<Value>& rows, uint8_t* out) {
+    constexpr int64_t size = sizeof(Value), columns_a_mask = 4 / size, mask_bytes = kBlock * columns_a_mask / 8;
     const bool nibbles = w.kind == LLMK_SPARSE_INT4;
-    int64_t bytes = 0, bit = 0;
-    for (int64_t column = 0; column < rows.padded; column += columns_a_mask) {
-        int64_t count = 0;  // of this mask
-        for (int64_t r = 0; r < kBlock; ++r)
-            for (int64_t c = 0; c < columns_a_mask; ++c, ++bit) {
-                const int64_t at = r * rows.padded + column + c;
-                if (!rows.kept[at]) continue;
-                if (masks != nullptr) {
-                    masks[bit / 8] = static_cast<uint8_t>(masks[bit / 8] | (1 << (bit % 8)));
-                    uint8_t* to = values + bytes + (nibbles ? count / 2 : count * static_cast<int64_t>(sizeof(Value)));
-                    if (nibbles) *to = static_cast<uint8_t>(*to | (rows.values[at] << (4 * (count % 2))));
-                    else std::memcpy(to, &rows.values[at], sizeof(Value));
-                }
-                ++count;
+    int64_t bytes = 0;
+    for (int64_t segment = 0; segment < rows.padded; segment += kSegment) {
+        uint8_t* masks = out + bytes;
+        bytes += kLine;
+        for (int64_t column = segment; column < segment + kSegment; column += columns_a_mask, masks += mask_bytes) {
+            MaskedValues<Value> some;
+            for (int64_t bit = 0; bit < kBlock * columns_a_mask; ++bit) {
+                const int64_t at = bit / columns_a_mask * rows.padded + column + bit % columns_a_mask;
+                if (rows.kept[at]) some.add(static_cast<int>(bit), rows.values[at], nibbles);
             }
-        bytes += nibbles ? ceil_div(count, 2) : count * static_cast<int64_t>(sizeof(Value));
+            const int64_t value_bytes = nibbles ? ceil_div(some.count, 2) : some.count * size;
+            if (out != nullptr) {
+                std::memcpy(masks, &some.mask, mask_bytes);
+                std::memcpy(out + bytes, some.bytes, static_cast<size_t>(value_bytes));
+            }
+            bytes += value_bytes;
+        }
     }
     return bytes;
 }
@@ -135,7 +151,7 @@ void measure_sparse(const llmk_stored& s, const llmk_matrix& w, const std::vecto
     BlockRows<Value> rows(w);
     for (int64_t block = 0; block < blocks(w); ++block) {
         rows.read(reader, block);
-        bytes[block] = write_sparse(w, rows, nullptr, nullptr);
+        bytes[block] = write_sparse(w, rows, nullptr);
     }
 }
 
@@ -146,7 +162,7 @@ std::vector<int64_t> record_starts(const llmk_stored& s, const llmk_matrix& w, c
     else measure_sparse<uint8_t>(s, w, starts, bytes);
     std::vector<int64_t> records{table_bytes(w)};
     for (int64_t value_bytes : bytes)
-        records.push_back(records.back() + scale_bytes(w) + zero_bytes(w) + mask_bytes(w) + round_up(value_bytes, kLine));
+        records.push_back(records.back() + scale_bytes(w) + zero_bytes(w) + round_up(value_bytes, kLine));
     return records;
 }
 
@@ -167,9 +183,9 @@ void write_record(const llmk_stored& s, const llmk_matrix& w, BlockRows<Value>& 
     rows.read(reader, block);
     write_groups(s, s.scales, type_bytes(w.scale_type), block, out);
     write_groups(s, s.zeros, type_bytes(w.zero_type), block, out + scale_bytes(w));
-    uint8_t* masks = out + scale_bytes(w) + zero_bytes(w);
-    if (is_sparse(w.kind)) write_sparse(w, rows, masks, masks + mask_bytes(w));
-    else if constexpr (sizeof(Value) == 1) write_dense(w, rows, masks);
+    uint8_t* values = out + scale_bytes(w) + zero_bytes(w);
+    if (is_sparse(w.kind)) write_sparse(w, rows, values);
+    else if constexpr (sizeof(Value) == 1) write_dense(w, rows, values);
 }
 
 template <class Value>
