@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from . import processes
+from .. import processes
 
 NEEDS = ("moments", "gram", "target")
 GRAM_STRIP = 512

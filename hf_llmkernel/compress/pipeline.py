@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import processes
 from ..checkpoint import (
     CheckpointWriter,
     check_disk_space,
@@ -33,7 +34,6 @@ from ..convert.incoming import read_config_fields
 from ..convert.source import check_companions, copy_companions, locate_source
 from ..evaluate.clean_process import peak_bytes
 from ..model.configuration_llm_kernel import LLMKernelConfig
-from . import processes
 from .calibration import calibration_ids
 from .cast import Cast, Precision, is_cast
 from .disk import write_json

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from .. import processes
 from ..checkpoint.model_folder import ModelFolder
 from ..kernels import disabled
 from ..model.configuration_llm_kernel import LLMKernelConfig
-from . import processes
 from .disk import write_json
 from .plan import keep_layers, own_layers, variants
 from .recipe import Recipe

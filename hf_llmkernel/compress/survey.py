@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .. import processes
 from ..checkpoint.model_folder import ModelFolder
 from ..model.configuration_llm_kernel import LLMKernelConfig
-from . import processes
 from .block import Block
 from .disk import write_json, write_tensors
 from .inputs import InputStatistic

@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
+from .. import processes
 from ..checkpoint.header import read_header
 from ..checkpoint.model_folder import ModelFolder, embedding_module, stored_as
 from ..checkpoint.reader import INDEX_FILE
 from ..model.configuration_llm_kernel import LAYER_FIELDS, LinearForm, LLMKernelConfig
-from . import processes
 from .block import SITES, Block
 from .disk import write_json, write_tensors
 from .inputs import NEEDS, InputStatistic, changed_inputs

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .. import processes
 from ..checkpoint.model_folder import ModelFolder, Positions
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer
-from . import processes
 from .block import SITES, SUBLAYER_MODULES, Block
 from .inputs import InputStatistic, changed_inputs
 from .states import States

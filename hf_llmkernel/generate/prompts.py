@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import torch.distributed as dist
 from tqdm import tqdm
+
+from .. import processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,21 +52,17 @@ def generate_prompts(
     if output.exists():
         raise ValueError(f"output={output}: exists; choose another file or remove it.")
     started = time.monotonic()
-    _join_processes()
+    processes.join()
     run = {"model": model, "prompts": asked, "batch": batch, "chat": chat, "seed": seed, "dtype": dtype, **options}
     done = finished(output, run)
-    mine = [index for index in range(_rank(), len(asked), _world()) if index not in done]
+    mine = [index for index in processes.share(len(asked)) if index not in done]
     if mine:
-        _generate(model, dtype, {index: asked[index] for index in mine}, _part(output, _rank()), run)
-    if _world() > 1:
-        dist.barrier()
-    tokens = _gather_lines(output, run) if _rank() == 0 else 0
-    if _world() > 1:
-        dist.barrier()
+        _generate(model, dtype, {index: asked[index] for index in mine}, _part(output, processes.rank()), run)
+    tokens = processes.on_first(lambda: _gather_lines(output, run))
     seconds = time.monotonic() - started
     return {
         "model": model, "output": str(output), "prompts": len(asked), "new_tokens": tokens,
-        "seconds": round(seconds, 2), "taken_up": len(done), "processes": _world(), "batch": batch,
+        "seconds": round(seconds, 2), "taken_up": len(done), "processes": processes.world_size(), "batch": batch,
     }  # fmt: skip
 
 
@@ -158,7 +155,7 @@ def _generate(model: str, dtype: str, prompts: dict[int, Prompt], part: Path, ru
     encoded = {index: _encoded(network, tokenizer, index, prompt, run) for index, prompt in prompts.items()}
     names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
     config = GenerationConfig(**{name: run[name] for name in names if run.get(name) is not None})
-    bar = tqdm(total=len(prompts), desc="prompts", disable=_rank() > 0)
+    bar = tqdm(total=len(prompts), desc="prompts", disable=not processes.is_first())
     with _opened(part, run) as file, bar:
 
         def write(line: _Line) -> None:
@@ -210,16 +207,3 @@ def _gather_lines(output: Path, run: dict[str, Any]) -> int:
     for part in parts:
         part.unlink()
     return sum(entry["tokens"] for entry in entries)
-
-
-def _join_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo")
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1

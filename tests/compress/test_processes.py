@@ -10,7 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
 
-from hf_llmkernel.compress import compress, pipeline, processes, sweep
+from hf_llmkernel import processes
+from hf_llmkernel.compress import compress, pipeline, sweep
 from hf_llmkernel.compress.block import Block
 from hf_llmkernel.compress.inputs import InputStatistic
 from hf_llmkernel.compress.walk import Walk

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from ... import processes
 from ...checkpoint.model_folder import Positions
 from ...evaluate.quality import summed_nll
 from ...model.modeling_llm_kernel import LLMKernelDecoderLayer
-from .. import processes
 from ..disk import write_json
 from ..walk import accelerator, fast_products
 

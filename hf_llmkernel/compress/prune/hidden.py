@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
+from ... import processes
 from ...checkpoint.model_folder import in_fp32
 from ...model.configuration_llm_kernel import LinearForm, LLMKernelConfig
-from .. import processes
 from ..block import SITES, SUBLAYER_MODULES, Block, matrix_form, matrix_names, module_path, present_linears
 from ..disk import write_tensors
 from ..inputs import InputStatistic

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from ... import processes
 from ...model.configuration_llm_kernel import LLMKernelConfig
-from .. import processes
 from ..disk import write_json
 from ..plan import own_layers, plan_stages
 from ..registry import register, stage_from_dict

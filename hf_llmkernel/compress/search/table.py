@@ -31,10 +31,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ... import processes
 from ...checkpoint.model_folder import Positions
 from ...evaluate.quality import LOGIT_ROWS
 from ...model.configuration_llm_kernel import LLMKernelConfig
-from .. import processes
 from ..block import SITES, Block
 from ..disk import write_json, write_tensors
 from ..inputs import NEEDS, InputStatistic

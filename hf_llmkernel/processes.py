@@ -1,7 +1,7 @@
-"""Several processes at one recipe, as `torchrun` starts them: each runs its share of the calibration samples.
+"""Several processes at one piece of work, as `torchrun` starts them: each does its share of the samples or prompts.
 
 Statistics are summed over all processes, so that each then solves the same equations and has the same weights. Only the
-first one writes what belongs to the run; activations on disk are each one's own. A process alone does none of this.
+first one writes what belongs to all; what else is on disk is each one's own. A process alone does none of this.
 """
 
 import datetime
