@@ -54,8 +54,6 @@ class _Room:
 class _RoomyStates:
     """`keys` and `values` of a layer as properties over two rooms."""
 
-    record_past = False  # whether tokens beyond a window have to stay
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.key_room, self.value_room = _Room(), _Room()
         self.addresses: tuple[int, ...] | None = None  # of the rooms' tensors and their strides, while they are these
@@ -104,7 +102,7 @@ class _RoomyStates:
 
     def _make_room(self, tokens: int) -> tuple[int, ...] | None:
         states, others = self.keys, self.values
-        if self.record_past or states is None or others is None or states.dim() != 4:
+        if states is None or others is None or states.dim() != 4:
             return None
         if states.shape != others.shape or states.dtype != others.dtype or self.key_room.begin != self.value_room.begin:
             return None
@@ -138,18 +136,29 @@ class RoomyLayer(_RoomyStates, DynamicLayer):
 
 
 class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
-    """A `DynamicSlidingWindowLayer` with room, which lets the oldest tokens go for new ones."""
-
-    def activate_past_recording(self) -> None:
-        self.addresses = None
-        super().activate_past_recording()
+    """A `DynamicSlidingWindowLayer` with room, which lets the oldest tokens go for new ones, or first at `crop`."""
 
     def extend(self, tokens: int) -> None:
         self.cumulative_length += tokens
         for room in (self.key_room, self.value_room):
-            gone = max(room.length + tokens - (self.sliding_window - 1), 0)
+            room.length += tokens
+        if not self.record_past:
+            self._forget()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0 or (self.cumulative_length >= self.sliding_window and not self.record_past):
+            super().crop(tokens_to_remove)  # which says what is wrong
+        for room in (self.key_room, self.value_room):
+            room.length = max(room.length + tokens_to_remove, 0)
+        self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Leaves what the next token sees."""
+        for room in (self.key_room, self.value_room):
+            gone = max(room.length - (self.sliding_window - 1), 0)
             room.begin += gone
-            room.length += tokens - gone
+            room.length -= gone
 
 
 def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:

@@ -187,6 +187,14 @@ def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) ->
     return not any(value for name, value in options.items() if name not in PLAIN_OPTIONS)
 
 
+def crop(model: nn.Module, cache: Cache, tokens: int) -> None:
+    """Removes the last tokens from the cache of a generation that goes on."""
+    cache.crop(-tokens)
+    plan = _plans.get(model)
+    if plan is not None and plan.cache is not None and plan.cache() is cache:
+        plan.expected -= tokens
+
+
 # ---- the cache and the call ----
 
 

@@ -282,6 +282,57 @@ def test_assisted_generation_takes_tokens_back(native_calls):
     assert native_calls
 
 
+@pytest.mark.parametrize("fields", ["dense", "layers of their own", "int4", "sparse int8", "mixed forms", "windows"])
+@pytest.mark.parametrize("length", [3, 150])
+def test_few_tokens_have_the_bits_of_one_by_one(level, fields, length, native_calls, monkeypatch):
+    """Also where the parts of the context that threads share out are others for the last token than for the first."""
+    monkeypatch.setenv("LLMKERNEL_THREADS", "3")
+    windows = {"sliding_window": 70, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    model = random_model(**CONFIGS.get(fields, windows), num_key_value_heads=1).bfloat16()
+    ids, mask = prompt(2, length + 8), torch.ones(2, length + 8, dtype=torch.long)
+    mask[1, :2] = 0
+    for batch, new in ((1, 8), (1, 3), (2, 4)):
+        caches = [model(ids[:batch, :length], attention_mask=mask[:batch, :length]).past_key_values for _ in range(2)]
+        for cache in caches:
+            cache.activate_past_recording()
+        positions = torch.arange(length, length + new).expand(batch, -1)
+        options = {"past_key_values": caches[0], "position_ids": positions}
+        options["attention_mask"] = mask[:batch, : length + new]
+        native_calls.clear()
+        together = model(ids[:batch, length : length + new], **options).logits
+        assert len(native_calls) == 1
+        for index in range(length, length + new):
+            seen = {"past_key_values": caches[1], "attention_mask": mask[:batch, : index + 1]}
+            alone = model(ids[:batch, index : index + 1], position_ids=torch.full((batch, 1), index), **seen).logits
+            assert torch.equal(alone[:, 0], together[:, index - length])
+        for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert layer.keys is other.keys is None or torch.equal(layer.keys, other.keys)
+        caches[0].crop(-new)
+        last = model(ids[:batch, length : length + new], logits_to_keep=2, **options).logits
+        assert torch.equal(last, together[:, -2:])
+
+
+def test_a_window_that_records_gives_tokens_back(native_calls, monkeypatch):
+    model = random_model(sliding_window=6, layer_types=["full_attention", "sliding_attention", "sliding_attention"])
+    ids = prompt(1, 30)
+    for length in (3, 9):
+        caches = [read(model, ids[:, :length], native, monkeypatch)[1] for native in (True, False)]
+        native_calls.clear()
+        for cache in caches:
+            cache.activate_past_recording()
+            read(model, ids[:, 12:17], cache is caches[0], monkeypatch, past_key_values=cache)
+            read(model, ids[:, 20:24], cache is caches[0], monkeypatch, past_key_values=cache)
+            cache.crop(-7)
+        assert len(native_calls) == 2
+        for layer, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert layer.get_seq_length() == length + 2
+            torch.testing.assert_close(layer.keys, other.keys, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer.values, other.values, rtol=1e-4, atol=1e-4)
+    cache = read(model, ids, monkeypatch=monkeypatch)[1]
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-1)
+
+
 def step_is_native(model, native_calls, **options) -> bool:
     """Whether a second call, of one token, is a native one."""
     output = model(prompt(1, 4), use_cache=True)

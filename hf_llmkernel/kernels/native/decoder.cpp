@@ -1,10 +1,13 @@
-// One token of every sequence through all layers, in one call.
+// One token of every sequence through all layers, or a few, in one call.
+//
+// A row's arithmetic and its order are the same whatever rows come with it: tokens checked together get the logits, to the
+// bit, that they would have got one by one.
 //
 // Every thread runs `decode` from beginning to end; the phases in it (see pool.h) share the work. What a phase reads
 // beside its own chunks (the residual stream, heads, the gated product) is written by earlier phases only, and turned
 // into a matrix' inputs by each thread for itself: that costs less than another meeting of all.
 //
-// Shapes: M sequences, H hidden, N heads, D head_dim, P parts of the cached tokens.
+// Shapes: M rows (tokens of all sequences), H hidden, N heads, D head_dim, P parts of the cached tokens.
 #include <cmath>
 #include <cstring>
 #include <exception>
@@ -31,15 +34,9 @@ struct Stage {
 
 // What all threads see of a call.
 struct Step {
+    const Call& call;
     const llmk_model& model;
-    const int64_t* tokens;
-    const int64_t* positions;
     int64_t m;
-    const llmk_cache* caches;
-    const uint8_t* mask;
-    int64_t mask_stride;
-    void* logits;
-    int32_t logits_type;
     int threads;
 
     float* residual;   // [M, H]
@@ -50,6 +47,9 @@ struct Step {
     float* largest;    // [M, N, P]
     float* totals;     // [M, N, P]
     float* gated;      // [M, intermediate]
+
+    int64_t sequence(int64_t row) const { return row / call.length; }
+    int64_t token(int64_t row) const { return row % call.length; }
 };
 
 int64_t wanted_chunks(const Step& step) { return step.threads * 4; }
@@ -176,14 +176,16 @@ void paired_products(Team& team, const Step& step, const Stage& stage, Source&& 
     });
 }
 
-// A thread's own [M, H] of the normalized residual stream.
-const float* normalized(const Step& step, const float* weight) {
+// A thread's own [rows, H] of the normalized residual stream, of all rows or of those that have logits.
+const float* normalized(const Step& step, const float* weight, bool kept = false) {
     static thread_local Arena arena;
     arena.clear();
-    const int64_t hidden = step.model.hidden;
-    float* y = arena.take<float>(step.m * hidden);
-    for (int64_t i = 0; i < step.m; ++i)
-        kernels().rms_norm(step.residual + i * hidden, weight, step.model.epsilon, hidden, y + i * hidden);
+    const int64_t hidden = step.model.hidden, each = kept ? step.call.kept : step.call.length;
+    float* y = arena.take<float>(step.call.batch * each * hidden);
+    for (int64_t i = 0; i < step.call.batch * each; ++i) {
+        const int64_t row = (i / each + 1) * step.call.length - each + i % each;
+        kernels().rms_norm(step.residual + row * hidden, weight, step.model.epsilon, hidden, y + i * hidden);
+    }
     return y;
 }
 
@@ -199,39 +201,56 @@ void add_to_residual(Team& team, const Step& step, const Stage& stage, Source&& 
 
 // ---- attention ----
 
+// The cached tokens that a new one sees, itself included, in parts.
+struct Seen {
+    int64_t first, tokens;
+    int64_t parts, part_tokens;
+};
+
 // One layer's view of the cached tokens and of the heads just computed.
 struct AttentionLayer {
     const Step& step;
     const llmk_layer& layer;
     const llmk_cache& cache;
-    int64_t queries, keys;          // widths
-    int64_t group;                  // heads that share keys
-    int64_t first, tokens;          // of the cache that are seen, the new one included
-    int64_t parts, part_tokens;
+    int64_t queries, keys;  // widths
+    int64_t group;          // heads that share keys
+    int64_t parts;          // the most of any new token
 
     AttentionLayer(const Step& s, const llmk_layer& l, const llmk_cache& c) : step(s), layer(l), cache(c) {
         const int64_t d = step.model.head_dim;
         queries = layer.heads * d;
         keys = layer.key_value_heads * d;
         group = layer.heads / layer.key_value_heads;
-        first = layer.window > 0 ? larger(0, cache.length + 1 - layer.window) : 0;
-        tokens = cache.length + 1 - first;
-        const int64_t wanted = ceil_div(wanted_chunks(step), step.m * layer.key_value_heads);
-        part_tokens = larger(64, round_up(ceil_div(tokens, wanted), 64));
-        parts = ceil_div(tokens, part_tokens);
+        parts = 0;
+        for (int64_t token = 0; token < step.call.length; ++token) parts = larger(parts, seen(token).parts);
+    }
+
+    Seen seen(int64_t token) const {
+        const int64_t before = cache.length + token;
+        Seen seen;
+        seen.first = layer.window > 0 ? larger(0, before + 1 - layer.window) : 0;
+        seen.tokens = before + 1 - seen.first;
+        const int64_t wanted = ceil_div(wanted_chunks(step), step.call.batch * layer.key_value_heads);
+        seen.part_tokens = larger(64, round_up(ceil_div(seen.tokens, wanted), 64));
+        seen.parts = ceil_div(seen.tokens, seen.part_tokens);
+        return seen;
     }
 
     static int64_t most_parts(const Step& step) { return wanted_chunks(step); }
     int64_t chunks() const { return step.m * layer.key_value_heads * parts; }
-    float* row(int64_t sequence) const { return step.heads + sequence * (queries + 2 * keys); }
+    float* row_of(int64_t row) const { return step.heads + row * (queries + 2 * keys); }
 
-    // One run of tokens of one sequence and one head of keys.
+    // One part of the tokens that a row sees, and one head of keys. Rows of a sequence follow each other, which read the same.
     void run(int64_t chunk) const {
-        const int64_t d = step.model.head_dim;
+        const int64_t d = step.model.head_dim, token = chunk % step.call.length;
+        chunk /= step.call.length;
         const int64_t part = chunk % parts, head = chunk / parts % layer.key_value_heads;
-        const int64_t sequence = chunk / parts / layer.key_value_heads;
-        const int64_t begin = first + part * part_tokens, end = smaller(begin + part_tokens, first + tokens);
-        if (part == parts - 1) store_new(sequence, head);
+        const int64_t sequence = chunk / parts / layer.key_value_heads, row = sequence * step.call.length + token;
+        const Seen seen = this->seen(token);
+        if (part >= seen.parts) return;
+        const int64_t begin = seen.first + part * seen.part_tokens;
+        const int64_t end = smaller(begin + seen.part_tokens, seen.first + seen.tokens);
+        if (part == seen.parts - 1 && step.call.length == 1) store_new(row, head);
 
         static thread_local Arena arena;
         arena.clear();
@@ -239,39 +258,41 @@ struct AttentionLayer {
         float* output = arena.take<float>(group * d);
         float* largest = arena.take<float>(group);
         float* total = arena.take<float>(group);
-        for (int64_t i = 0; i < group; ++i) prepare_query(sequence, head * group + i, query + i * d);
+        for (int64_t i = 0; i < group; ++i) prepare_query(row, head * group + i, query + i * d);
         const int64_t bytes = type_bytes(static_cast<int32_t>(cache.type));
         const int64_t at = (sequence * cache.batch_stride + head * cache.head_stride + begin * cache.token_stride) * bytes;
-        const uint8_t* mask = step.mask == nullptr ? nullptr : step.mask + sequence * step.mask_stride + cache.mask_offset + begin;
+        const uint8_t* mask = step.call.mask;
+        if (mask != nullptr) mask += sequence * step.call.mask_stride + cache.mask_offset + begin;
         kernels().attend({query, group, d, reinterpret_cast<const uint8_t*>(cache.keys + at),
                           reinterpret_cast<const uint8_t*>(cache.values + at), cache.token_stride,
                           static_cast<int32_t>(cache.type), end - begin, mask, output, largest, total});
         for (int64_t i = 0; i < group; ++i) {
-            const int64_t to = (sequence * layer.heads + head * group + i) * parts + part;
+            const int64_t to = (row * layer.heads + head * group + i) * parts + part;
             std::memcpy(step.partial + to * d, output + i * d, static_cast<size_t>(d) * sizeof(float));
             step.largest[to] = largest[i];
             step.totals[to] = total[i];
         }
     }
 
-    void prepare_query(int64_t sequence, int64_t head, float* query) const {
+    void prepare_query(int64_t row, int64_t head, float* query) const {
         const int64_t d = step.model.head_dim, half = d / 2;
-        std::memcpy(query, row(sequence) + head * d, static_cast<size_t>(d) * sizeof(float));
+        std::memcpy(query, row_of(row) + head * d, static_cast<size_t>(d) * sizeof(float));
         if (layer.query_norm != nullptr) kernels().rms_norm(query, layer.query_norm, step.model.epsilon, d, query);
-        rotate(query, step.sines + sequence * half, step.cosines + sequence * half, d);
+        rotate(query, step.sines + row * half, step.cosines + row * half, d);
         const float scaling = 1.0f / std::sqrt(static_cast<float>(d));
         for (int64_t i = 0; i < d; ++i) query[i] *= scaling;
     }
 
-    // The new token's key and value, into the cache.
-    void store_new(int64_t sequence, int64_t head) const {
+    // A new token's key and value, into the cache.
+    void store_new(int64_t row, int64_t head) const {
         const int64_t d = step.model.head_dim, half = d / 2;
-        float* key = row(sequence) + queries + head * d;
+        float* key = row_of(row) + queries + head * d;
         if (layer.key_norm != nullptr) kernels().rms_norm(key, layer.key_norm, step.model.epsilon, d, key);
-        rotate(key, step.sines + sequence * half, step.cosines + sequence * half, d);
-        const int64_t at = sequence * cache.batch_stride + head * cache.head_stride + cache.length * cache.token_stride;
+        rotate(key, step.sines + row * half, step.cosines + row * half, d);
+        const int64_t at = step.sequence(row) * cache.batch_stride + head * cache.head_stride +
+                           (cache.length + step.token(row)) * cache.token_stride;
         store(key, cache.keys, at);
-        store(row(sequence) + queries + keys + head * d, cache.values, at);
+        store(row_of(row) + queries + keys + head * d, cache.values, at);
     }
 
     void store(const float* x, int64_t states, int64_t at) const {
@@ -286,11 +307,14 @@ struct AttentionLayer {
         arena.clear();
         float* y = arena.take<float>(step.m * queries);
         const int64_t d = step.model.head_dim;
-        for (int64_t head = 0; head < step.m * layer.heads; ++head) combine(head * parts, y + head * d);
+        for (int64_t row = 0; row < step.m; ++row) {
+            const int64_t own = seen(step.token(row)).parts;
+            for (int64_t head = row * layer.heads; head < (row + 1) * layer.heads; ++head) combine(head * parts, own, y + head * d);
+        }
         return y;
     }
 
-    void combine(int64_t from, float* y) const {
+    void combine(int64_t from, int64_t parts, float* y) const {
         const int64_t d = step.model.head_dim;
         float largest = -INFINITY, total = 0;
         for (int64_t p = 0; p < parts; ++p) largest = std::fmax(largest, step.largest[from + p]);
@@ -311,12 +335,16 @@ void attention(Team& team, const Step& step, const llmk_layer& layer, const llmk
     const auto source = [&] { return normalized(step, layer.input_norm); };
     products(team, step, stages[0], source, [&](int i, int64_t row, int64_t rows, const float* sums, int64_t stride) {
         const float* bias = stages[0].linear[i]->bias;
-        for (int64_t sequence = 0; sequence < step.m; ++sequence) {
-            float* y = heads.row(sequence) + begin[i] + row;
-            std::memcpy(y, sums + sequence * stride, static_cast<size_t>(rows) * sizeof(float));
+        for (int64_t input = 0; input < step.m; ++input) {
+            float* y = heads.row_of(input) + begin[i] + row;
+            std::memcpy(y, sums + input * stride, static_cast<size_t>(rows) * sizeof(float));
             if (bias != nullptr) kernels().add(bias + row, nullptr, rows, y);
         }
     });
+    if (step.call.length > 1)  // all keys before the queries that see them
+        team.run(step.m * layer.key_value_heads, [] {}, [&](int64_t chunk) {
+            heads.store_new(chunk / layer.key_value_heads, chunk % layer.key_value_heads);
+        });
     team.run(heads.chunks(), [] {}, [&](int64_t chunk) { heads.run(chunk); });
     add_to_residual(team, step, stages[1], [&] { return heads.combined(); });
 }
@@ -348,18 +376,19 @@ void feed_forward(Team& team, const Step& step, const llmk_layer& layer, const S
     add_to_residual(team, step, stages[1], [&] { return static_cast<const float*>(step.gated); });
 }
 
+// `step` with the rows that have logits.
 void head(Team& team, const Step& step, const Stage& stage) {
     const int64_t vocabulary = out_features(step.model.head);
     const float* bias = step.model.head.bias;
-    const auto source = [&] { return normalized(step, step.model.final_norm); };
+    const auto source = [&] { return normalized(step, step.model.final_norm, true); };
     products(team, step, stage, source, [&](int, int64_t row, int64_t rows, float* sums, int64_t stride) {
         for (int64_t i = 0; i < step.m; ++i) {
             if (bias != nullptr) kernels().add(bias + row, nullptr, rows, sums + i * stride);
             const int64_t at = i * vocabulary + row;
-            if (step.logits_type == LLMK_TYPE_BF16)
-                kernels().to_bf16(sums + i * stride, rows, rows, static_cast<uint16_t*>(step.logits) + at);
+            if (step.call.logits_type == LLMK_TYPE_BF16)
+                kernels().to_bf16(sums + i * stride, rows, rows, static_cast<uint16_t*>(step.call.logits) + at);
             else
-                std::memcpy(static_cast<float*>(step.logits) + at, sums + i * stride, static_cast<size_t>(rows) * sizeof(float));
+                std::memcpy(static_cast<float*>(step.call.logits) + at, sums + i * stride, static_cast<size_t>(rows) * sizeof(float));
         }
     });
 }
@@ -387,15 +416,19 @@ void make_room(Step& step, Arena& arena) {
     step.totals = arena.take<float>(parts);
     step.gated = arena.take<float>(m * width);
     for (int64_t i = 0; i < m; ++i) {
-        embed(model.embedding, step.tokens[i], step.residual + i * model.hidden);
-        rotation(model, step.positions[i], step.sines + i * (d / 2), step.cosines + i * (d / 2));
+        embed(model.embedding, step.call.tokens[i], step.residual + i * model.hidden);
+        rotation(model, step.call.positions[i], step.sines + i * (d / 2), step.cosines + i * (d / 2));
     }
 }
 
-constexpr int64_t kLayerPhases = 9;
+constexpr int64_t kLayerPhases = 10;
 
-void decode(Step step) {
-    const llmk_model& model = step.model;
+}  // namespace
+
+void decode(const Call& call) {
+    const llmk_model& model = call.model;
+    Step step{call, model, call.batch * call.length, call.threads,
+              nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     static thread_local Arena arena;
     arena.clear();
     make_room(step, arena);
@@ -413,17 +446,18 @@ void decode(Step step) {
             of_layer[3].add(layer.down, arena, step.m);
         }
     }
-    stages.back().add(model.head, arena, step.m);
+    Step kept = step;
+    kept.m = call.batch * call.kept;
+    stages.back().add(model.head, arena, kept.m);
     run_team(step.threads, kLayerPhases * model.layers + 2, [&](Team& team) {
         for (int32_t i = 0; i < model.layers; ++i) {
-            if (model.layer[i].attends) attention(team, step, model.layer[i], step.caches[i], &stages[4 * i]);
+            if (model.layer[i].attends) attention(team, step, model.layer[i], call.caches[i], &stages[4 * i]);
             if (model.layer[i].feeds) feed_forward(team, step, model.layer[i], &stages[4 * i + 2]);
         }
-        head(team, step, stages.back());
+        if (kept.m > 0) head(team, kept, stages.back());
     });
 }
 
-}  // namespace
 }  // namespace llmk
 
 LLMK_API const char* llmk_decode(
@@ -432,8 +466,8 @@ LLMK_API const char* llmk_decode(
     for (int64_t i = 0; i < batch; ++i)
         if (tokens[i] < 0 || tokens[i] >= model->embedding.rows) return "a token is not of the vocabulary";
     try {
-        llmk::decode({*model, tokens, positions, batch, caches, mask, mask_stride, logits, logits_type, threads < 1 ? 1 : threads,
-                      nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr});
+        llmk::decode({*model, tokens, positions, batch, 1, caches, mask, mask_stride, 1, logits, logits_type,
+                      threads < 1 ? 1 : threads});
     } catch (const std::exception&) {
         return "out of memory";
     }

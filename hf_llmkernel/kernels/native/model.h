@@ -8,6 +8,24 @@
 
 namespace llmk {
 
+// What `llmk_read` is given.
+struct Call {
+    const llmk_model& model;
+    const int64_t* tokens;  // [batch, length]
+    const int64_t* positions;
+    int64_t batch, length;
+    const llmk_cache* caches;
+    const uint8_t* mask;
+    int64_t mask_stride;
+    int64_t kept;  // last tokens of each sequence that have logits
+    void* logits;  // [batch, kept, vocabulary]
+    int32_t logits_type;
+    int threads;
+};
+
+// For calls of few rows.
+void decode(const Call& call);
+
 inline bool is_low_rank(const llmk_linear& linear) { return linear.second.kind != LLMK_NONE; }
 inline const llmk_matrix& last_matrix(const llmk_linear& linear) { return is_low_rank(linear) ? linear.second : linear.first; }
 inline int64_t out_features(const llmk_linear& linear) { return last_matrix(linear).rows; }

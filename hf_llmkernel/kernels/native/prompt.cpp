@@ -15,20 +15,7 @@ namespace {
 
 constexpr int64_t kRunRows = 512;     // memory against how often weights are read
 constexpr int64_t kQueryTokens = 32;  // of a chunk of attention
-
-struct Prompt {
-    const llmk_model& model;
-    const int64_t* tokens;  // [batch, length]
-    const int64_t* positions;
-    int64_t batch, length;
-    const llmk_cache* caches;
-    const uint8_t* mask;
-    int64_t mask_stride;
-    int64_t kept;  // last tokens of each sequence that have logits
-    void* logits;  // [batch, kept, vocabulary]
-    int32_t logits_type;
-    int threads;
-};
+constexpr int64_t kFewRows = 8;       // that a decoding step takes faster
 
 // Linears that take the same rows: these as tiles, and what is between the factors of a low rank.
 struct Stage {
@@ -59,7 +46,7 @@ struct LayerStages {
 
 // Some tokens of every sequence, and the room for them.
 struct Run {
-    const Prompt& prompt;
+    const Call& prompt;
     int64_t first, tokens;  // of every sequence
     int64_t rows;
     std::vector<LayerStages> layers;
@@ -252,7 +239,7 @@ void feed_forward(Team& team, const Run& run, const llmk_layer& layer, const Lay
 }
 
 void head(Team& team, const Run& run) {
-    const Prompt& prompt = run.prompt;
+    const Call& prompt = run.prompt;
     const llmk_linear& linear = prompt.model.head;
     const int64_t vocabulary = out_features(linear);
     fill_stage(team, run.head, run.kept_rows(), [&](int64_t kept) {
@@ -325,7 +312,7 @@ void begin_row(const Run& run, int64_t row) {
 
 constexpr int64_t kLayerPhases = 18;  // attention 10 and feed-forward 8, where all linears are of low rank
 
-void read_run(const Prompt& prompt, int64_t first, int64_t tokens) {
+void read_run(const Call& prompt, int64_t first, int64_t tokens) {
     static thread_local Arena arena, stage_arenas[2];
     const llmk_model& model = prompt.model;
     Run run{prompt, first, tokens, prompt.batch * tokens, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -354,8 +341,12 @@ LLMK_API const char* llmk_read(
     for (int64_t i = 0; i < batch * length; ++i)
         if (tokens[i] < 0 || tokens[i] >= model->embedding.rows) return "a token is not of the vocabulary";
     try {
-        const Prompt prompt{*model, tokens, positions, batch, length, caches, mask, mask_stride, kept, logits, logits_type,
-                            threads < 1 ? 1 : threads};
+        const Call prompt{*model, tokens, positions, batch, length, caches, mask, mask_stride, kept, logits, logits_type,
+                          threads < 1 ? 1 : threads};
+        if (batch * length <= kFewRows) {
+            decode(prompt);
+            return nullptr;
+        }
         const int64_t step = larger(1, kRunRows / batch);
         for (int64_t first = 0; first < length; first += step) read_run(prompt, first, smaller(step, length - first));
     } catch (const std::exception&) {
