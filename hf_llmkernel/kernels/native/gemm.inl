@@ -4,60 +4,93 @@
 // by every row of a tile of activations before the next one. The arithmetic of integers and its order are those of
 // integer_block, so that a row's result is the same however many rows come with it.
 
-// acc[r] + the 32 codes of row r, rows 32 bytes apart, by a segment's weights.
-template <bool Narrow, int R>
-inline void dot_rows(Ints* acc, const Codes* weights, const int8_t* x) {
+// acc[b][r] + the 32 codes of row r, rows 32 bytes apart, by the weights of block b in a segment.
+template <bool Narrow, int B, int R>
+inline void dot_rows(Ints (*acc)[R], const Codes (*weights)[8], const int8_t* x) {
 #ifdef LLMK_SEGMENT_LANES
-    dot_segment<Narrow, R>(acc, weights, x);
+    for (int b = 0; b < B; ++b) dot_segment<Narrow, R>(acc[b], weights[b], x);
 #else
     for (int i = 0; i < 8; ++i)
-        for (int r = 0; r < R; ++r) {
-            if (Narrow) acc[r] = dot_narrow(acc[r], weights[i], x + 32 * r + 4 * i);
-            else acc[r] = dot_wide(acc[r], weights[i], x + 32 * r + 4 * i);
-        }
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) {  // innermost: the activations are loaded once for all blocks
+                if (Narrow) acc[b][r] = dot_narrow(acc[b][r], weights[b][i], x + 32 * r + 4 * i);
+                else acc[b][r] = dot_wide(acc[b][r], weights[b][i], x + 32 * r + 4 * i);
+            }
 #endif
 }
 
-// What a segment of a tile adds to its sums [rows, 16], rows in fours; those behind the last are of no meaning.
-template <bool Narrow, bool Symmetric>
-inline void segment_tile(const Codes* weights, Floats scale, Floats zero, int32_t offset, const Tile& x, int64_t segment,
-                         float* out) {
+// A segment of B blocks: its codes, and the scales and zero points of their groups.
+template <int B>
+struct SegmentWeights {
+    Codes codes[B][8];
+    Floats scale[B], zero[B];
+};
+
+// What a segment of a tile adds to its sums [rows, B, 16], rows in fours; those behind the last are of no meaning.
+template <bool Narrow, bool Symmetric, int B>
+inline void segment_tile(const SegmentWeights<B>& weights, int32_t offset, const Tile& x, int64_t segment, float* out) {
     constexpr int R = 4;
     const int8_t* codes = x.codes + segment * kTile * kSegment;
     const float* scales = x.scales + segment * kTile;
     const int32_t* sums = x.sums + segment * kTile;
-    for (int64_t m = 0; m < x.rows; m += R, codes += R * kSegment, out += R * kBlock) {
-        Ints acc[R];
-        for (int r = 0; r < R; ++r) acc[r] = i_set(offset * sums[m + r]);
-        dot_rows<Narrow, R>(acc, weights, codes);
-        for (int r = 0; r < R; ++r) {
-            Floats product = f_of(acc[r]);
-            if (!Symmetric) product = f_fnma(zero, f_set(static_cast<float>(sums[m + r])), product);
-            f_store(out + r * kBlock, f_fma(f_mul(product, f_set(scales[m + r])), scale, f_load(out + r * kBlock)));
-        }
+    for (int64_t m = 0; m < x.rows; m += R, codes += R * kSegment) {
+        Ints acc[B][R];
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b) acc[b][r] = i_set(offset * sums[m + r]);
+        dot_rows<Narrow, B, R>(acc, weights.codes, codes);
+        for (int r = 0; r < R; ++r)
+            for (int b = 0; b < B; ++b, out += kBlock) {
+                Floats product = f_of(acc[b][r]);
+                if (!Symmetric) product = f_fnma(weights.zero[b], f_set(static_cast<float>(sums[m + r])), product);
+                f_store(out, f_fma(f_mul(product, f_set(scales[m + r])), weights.scale[b], f_load(out)));
+            }
     }
 }
 
-template <class Reader>
-inline void integer_tile(const llmk_matrix& w, const uint8_t* record, const Tile& x, float* out) {
-    const uint8_t* scales = record;
-    const uint8_t* zeros = scales + scale_bytes(w);
-    Reader reader(w, zeros + zero_bytes(w));
+// The records of B blocks, read side by side.
+template <class Reader, int B>
+struct BlockReaders {
+    const llmk_matrix& w;
+    const uint8_t *scales[B], *zeros[B];
+    Reader readers[B];
+    static const uint8_t* values(const llmk_matrix& w, int64_t block) { return record(w, block) + scale_bytes(w) + zero_bytes(w); }
+    BlockReaders(const llmk_matrix& matrix, int64_t block) : w(matrix) {
+        for (int b = 0; b < B; ++b) {
+            scales[b] = record(w, block + b);
+            zeros[b] = scales[b] + scale_bytes(w);
+            readers[b] = Reader(w, values(w, block + b));
+        }
+    }
+    void group(SegmentWeights<B>& weights) {
+        for (int b = 0; b < B; ++b) {
+            readers[b].group(zeros[b]);
+            weights.scale[b] = load_scales(scales[b], w.scale_type);
+            weights.zero[b] = w.zero_type == LLMK_TYPE_NONE ? f_zero() : load_scales(zeros[b], w.zero_type);
+            scales[b] += kBlock * type_bytes(w.scale_type);
+            zeros[b] += kBlock * type_bytes(w.zero_type);
+        }
+    }
+    void segment(SegmentWeights<B>& weights) {
+        for (int b = 0; b < B; ++b) readers[b].segment([&](Codes codes, int column) { weights.codes[b][column / 4] = codes; });
+    }
+};
+
+// Sums [rows, B, 16] of B blocks.
+template <class Reader, int B>
+inline void integer_tile(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
+    BlockReaders<Reader, B> readers(w, block);
+    SegmentWeights<B> weights;
     const int64_t segments = padded_columns(w) / kSegment, of_group = group_segments(w);
-    const int64_t scale_step = kBlock * type_bytes(w.scale_type), zero_step = kBlock * type_bytes(w.zero_type);
     const bool symmetric = w.zero_type == LLMK_TYPE_NONE;
     const int32_t offset = (Reader::kNarrow ? 0 : kWideOffset) - (symmetric ? (Reader::kNarrow ? 8 : 128) : 0);
 
-    for (int64_t m = 0; m < round_up(x.rows, 4); ++m) f_store(out + m * kBlock, f_zero());
-    for (int64_t begin = 0; begin < segments; begin += of_group, scales += scale_step, zeros += zero_step) {
-        reader.group(zeros);
-        const Floats scale = load_scales(scales, w.scale_type);
-        const Floats zero = symmetric ? f_zero() : load_scales(zeros, w.zero_type);
+    for (int64_t i = 0; i < round_up(x.rows, 4) * B; ++i) f_store(out + i * kBlock, f_zero());
+    for (int64_t begin = 0; begin < segments; begin += of_group) {
+        readers.group(weights);
         for (int64_t segment = begin; segment < smaller(begin + of_group, segments); ++segment) {
-            Codes weights[8];
-            reader.segment([&](Codes codes, int column) { weights[column / 4] = codes; });
-            if (symmetric) segment_tile<Reader::kNarrow, true>(weights, scale, zero, offset, x, segment, out);
-            else segment_tile<Reader::kNarrow, false>(weights, scale, zero, offset, x, segment, out);
+            readers.segment(weights);
+            if (symmetric) segment_tile<Reader::kNarrow, true, B>(weights, offset, x, segment, out);
+            else segment_tile<Reader::kNarrow, false, B>(weights, offset, x, segment, out);
         }
     }
 }
@@ -142,29 +175,51 @@ inline void floating_tile(const llmk_matrix& w, int64_t block, const Tile& x, fl
         }
 }
 
-inline void block_tile(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
+// Sums [rows, B, 16] of B blocks of integers.
+template <int B>
+inline void integer_blocks(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
+    switch (w.kind) {
+        case LLMK_INT8: return integer_tile<DenseInt8, B>(w, block, x, out);
+        case LLMK_INT4: return integer_tile<DenseInt4, B>(w, block, x, out);
+#ifdef LLMK_SPARSE_LANES
+        case LLMK_SPARSE_INT8: return integer_tile<Sparse<false>, B>(w, block, x, out);
+        case LLMK_SPARSE_INT4: return integer_tile<Sparse<true>, B>(w, block, x, out);
+#endif
+        default: __builtin_trap();
+    }
+}
+
+inline void floating_block(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
     switch (w.kind) {
         case LLMK_F32: return floating_tile<FloatsOfRows>(w, block, x, out);
         case LLMK_BF16: return floating_tile<PairsOfRows>(w, block, x, out);
-        case LLMK_INT8: return integer_tile<DenseInt8>(w, record(w, block), x, out);
-        case LLMK_INT4: return integer_tile<DenseInt4>(w, record(w, block), x, out);
 #ifdef LLMK_SPARSE_LANES
-        case LLMK_SPARSE_INT8: return integer_tile<Sparse<false>>(w, record(w, block), x, out);
-        case LLMK_SPARSE_INT4: return integer_tile<Sparse<true>>(w, record(w, block), x, out);
         case LLMK_SPARSE_BF16: return floating_tile<SparsePairs>(w, block, x, out);
 #endif
         default: __builtin_trap();
     }
 }
 
-void multiply_tile(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride) {
-    alignas(64) float sums[kTile * kBlock];
-    for (int64_t block = first_block; block < end_block; ++block, out += kBlock) {
-        block_tile(w, block, x, sums);
-        const int64_t rows = smaller(kBlock, w.rows - block * kBlock);
-        for (int64_t m = 0; m < x.rows; ++m) {
-            if (rows == kBlock) f_store(out + m * stride, f_load(sums + m * kBlock));
-            else f_store_some(out + m * stride, f_load(sums + m * kBlock), rows);
+// Sums [rows, count, 16] of a tile to their places among those of all rows of the matrix.
+inline void place_sums(const llmk_matrix& w, int64_t block, int count, const float* sums, int64_t m_count, float* out, int64_t stride) {
+    for (int64_t m = 0; m < m_count; ++m)
+        for (int b = 0; b < count; ++b, sums += kBlock) {
+            const int64_t rows = smaller(kBlock, w.rows - (block + b) * kBlock);
+            if (rows == kBlock) f_store(out + m * stride + b * kBlock, f_load(sums));
+            else f_store_some(out + m * stride + b * kBlock, f_load(sums), rows);
         }
+}
+
+void multiply_tile(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride) {
+    alignas(64) float sums[kTileBlocks * kTile * kBlock];
+    int64_t block = first_block;
+    for (; is_integer(w.kind) && block + kTileBlocks <= end_block; block += kTileBlocks, out += kTileBlocks * kBlock) {
+        integer_blocks<kTileBlocks>(w, block, x, sums);
+        place_sums(w, block, kTileBlocks, sums, x.rows, out, stride);
+    }
+    for (; block < end_block; ++block, out += kBlock) {
+        if (is_integer(w.kind)) integer_blocks<1>(w, block, x, sums);
+        else floating_block(w, block, x, sums);
+        place_sums(w, block, 1, sums, x.rows, out, stride);
     }
 }

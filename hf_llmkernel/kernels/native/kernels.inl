@@ -70,6 +70,7 @@ inline void prefetch_lines(const uint8_t* p) {
 struct DenseInt8 {
     static constexpr bool kNarrow = false;
     const uint8_t* values;
+    DenseInt8() = default;
     DenseInt8(const llmk_matrix&, const uint8_t* v) : values(v) {}
     void group(const uint8_t*) {}
     template <class Dot>
@@ -82,6 +83,7 @@ struct DenseInt8 {
 struct DenseInt4 {
     static constexpr bool kNarrow = true;
     const uint8_t* values;
+    DenseInt4() = default;
     DenseInt4(const llmk_matrix&, const uint8_t* v) : values(v) {}
     void group(const uint8_t*) {}
     template <class Dot>
@@ -116,6 +118,7 @@ struct Sparse {
     const uint8_t* values;
     Codes fill;
     bool symmetric;
+    Sparse() = default;
     Sparse(const llmk_matrix& w, const uint8_t* v)
         : values(v), fill(c_set(Nibbles ? 8 : 128)), symmetric(w.zero_type == LLMK_TYPE_NONE) {}
     void group(const uint8_t* zeros) {

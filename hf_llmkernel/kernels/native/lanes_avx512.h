@@ -10,6 +10,7 @@ constexpr int32_t kWideOffset = 0;  // what dot_wide subtracts from its codes
 
 constexpr bool kDotsPairs = true;   // bf16 in one instruction
 constexpr int kWideVectors = 4;     // of a row that are summed at once, four rows at a time
+constexpr int kTileBlocks = 2;    // of integers, multiplied by a tile at once
 
 using Floats = __m512;
 using Ints = __m512i;

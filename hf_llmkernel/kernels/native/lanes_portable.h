@@ -8,6 +8,7 @@ constexpr bool kExpands = false;
 constexpr int32_t kWideOffset = 0;
 constexpr bool kDotsPairs = false;
 constexpr int kWideVectors = 1;
+constexpr int kTileBlocks = 1;    // of integers, multiplied by a tile at once
 
 struct Floats {
     float of[16];

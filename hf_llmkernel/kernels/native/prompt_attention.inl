@@ -130,13 +130,34 @@ struct PairTile : PairTerms {
     };
 };
 
-// Scores of the tokens first ... first + 63 that the query of token `query` does not see: to -inf.
-inline void hide_unseen(const PromptAttention& a, int64_t first, int64_t query, float* scores) {
-    const int64_t end = query + 1 - first, begin = a.window > 0 ? query + 1 - a.window - first : 0;
-    for (int64_t t = larger(end, 0); t < kTokens; ++t) scores[t] = -INFINITY;
-    for (int64_t t = 0; t < smaller(begin, kTokens); ++t) scores[t] = -INFINITY;
-    for (int64_t t = 0; a.mask != nullptr && t < smaller(end, kTokens); ++t)
-        if (a.mask[first + t] == 0) scores[t] = -INFINITY;
+// What is added to scores: -inf to hide them, on both sides of as many that are seen.
+struct HiddenScores {
+    alignas(64) float lanes[3 * kTokens];
+    constexpr HiddenScores() : lanes() {
+        for (int64_t t = 0; t < kTokens; ++t) lanes[t] = lanes[2 * kTokens + t] = -INFINITY;
+    }
+    const float* before(int64_t begin) const { return lanes + kTokens - smaller(larger(begin, 0), kTokens); }
+    const float* from(int64_t end) const { return lanes + 2 * kTokens - smaller(larger(end, 0), kTokens); }
+};
+constexpr HiddenScores kHidden;
+
+// Scores of the tokens first ... first + 63 that the query of token `query` does not see: to -inf. `masked`: what the mask
+// hides, or NULL.
+inline void hide_unseen(const PromptAttention& a, int64_t first, int64_t query, const float* masked, float* scores) {
+    const float* later = kHidden.from(query + 1 - first);
+    const float* earlier = kHidden.before(a.window > 0 ? query + 1 - a.window - first : 0);
+    for (int64_t t = 0; t < kTokens; t += 16) {
+        Floats hidden = f_add(f_load(later + t), f_load(earlier + t));
+        if (masked != nullptr) hidden = f_add(hidden, f_load(masked + t));
+        f_store(scores + t, f_add(f_load(scores + t), hidden));
+    }
+}
+
+// What the mask hides of the tokens first ... first + 63, or NULL where there is none.
+inline const float* hidden_by_mask(const PromptAttention& a, int64_t first, int64_t count, float* masked) {
+    if (a.mask == nullptr) return nullptr;
+    for (int64_t t = 0; t < kTokens; ++t) masked[t] = t < count && a.mask[first + t] == 0 ? -INFINITY : 0.0f;
+    return masked;
 }
 
 // Scores to weights; what was summed before, to the same scale.
@@ -185,6 +206,8 @@ inline void attend_tile(const PromptAttention& a) {
         const int64_t count = smaller(kTokens, end - first);
         Laid::lay_out_keys(a, first, count, keys);
         Laid::lay_out_values(a, first, count, padded, values);
+        float masks[kTokens];
+        const float* masked = hidden_by_mask(a, first, count, masks);
         for (int64_t row = 0; row < rows; row += kQueryRows) {
             const auto token = [&](int64_t r) { return a.first + smaller(row + r, rows - 1) / a.heads; };
             const int64_t low = token(0), high = token(kQueryRows - 1);
@@ -198,7 +221,7 @@ inline void attend_tile(const PromptAttention& a) {
             const bool all_seen = a.mask == nullptr && first + kTokens <= low + 1 && (a.window == 0 || first > high - a.window);
             for (int64_t r = 0; r < kQueryRows; ++r) {
                 float* of_row = scores + r * kTokens;
-                if (!all_seen) hide_unseen(a, first, token(r), of_row);
+                if (!all_seen) hide_unseen(a, first, token(r), masked, of_row);
                 weigh_tokens(of_row, padded, largest + row + r, totals + row + r, sums + (row + r) * padded);
                 weights[r] = rounded.of(of_row, r);
             }
