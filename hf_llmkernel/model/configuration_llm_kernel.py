@@ -66,7 +66,12 @@ LAYER_FIELDS = (
 )
 
 # Everything a folder needs to load where this package is not installed.
-PAYLOAD_FILES = ("configuration_llm_kernel.py", "linear_llm_kernel.py", "modeling_llm_kernel.py")
+PAYLOAD_FILES = (
+    "configuration_llm_kernel.py",
+    "cuda_llm_kernel.py",
+    "linear_llm_kernel.py",
+    "modeling_llm_kernel.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_llm_kernel.LLMKernelConfig",
     "AutoModel": "modeling_llm_kernel.LLMKernelModel",

@@ -23,8 +23,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .configuration_llm_kernel import LinearForm
+from .cuda_llm_kernel import (
+    INT4_ROWS,
+    CudaWeight,
+    Int4Weight,
+    Int8Weight,
+    int4_weight,
+    layout_kind,
+    takes_layouts,
+    two_of_four_weight,
+)
+
+logger = logging.get_logger(__name__)
 
 try:  # where the package is installed with its native library
     from hf_llmkernel.kernels.dispatch import native_kernels
@@ -54,6 +67,13 @@ def unpack_mask(packed: torch.Tensor, in_features: int) -> torch.Tensor:
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1  # [N, bytes, 8]
     return bits.flatten(1)[:, :in_features].bool()
+
+
+def population(packed: torch.Tensor) -> torch.Tensor:
+    """How many bits of every byte are set: uint8 like `packed`."""
+    pairs = packed - ((packed >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (fours + (fours >> 4)) & 0x0F
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
@@ -170,18 +190,18 @@ def nonzero_mask(weight: torch.Tensor, form: LinearForm) -> torch.Tensor:
 
 def check_mask(packed: torch.Tensor, form: LinearForm, in_features: int) -> None:
     """Raises `ValueError` where a mask keeps other counts than its form: the values could not be told apart."""
-    mask = unpack_mask(packed, in_features)
-    stray = int(unpack_mask(packed, packed.shape[1] * 8).sum()) - int(mask.sum())
+    stray = int(population(packed[:, -1] >> (in_features % 8)).sum()) if in_features % 8 else 0
     if stray:
         raise ValueError(f"mask: {stray} bits lie beyond column {in_features}; the file is damaged, write it again.")
     if form.sparsity == "bitmask":
-        if (population := int(mask.sum())) != form.nnz:
+        if (kept := int(population(packed).sum())) != form.nnz:
             raise ValueError(
-                f"mask: population {population} is not the value count nnz={form.nnz}; the file is damaged or its "
+                f"mask: population {kept} is not the value count nnz={form.nnz}; the file is damaged or its "
                 "config is another's: write it again."
             )
         return
     kept, group = form.kept_of_group()
+    mask = unpack_mask(packed, in_features)
     counts = F.pad(mask, (0, -in_features % group)).view(mask.shape[0], -1, group).sum(-1)
     expected = torch.full_like(counts[0], kept)
     expected[-1] = min(kept, in_features % group or group)
@@ -290,6 +310,13 @@ def _gather_values(values: torch.Tensor, form: LinearForm, mask: torch.Tensor, s
     return found.masked_fill(~mask, 0)
 
 
+def unpack_codes(stored: Mapping[str, torch.Tensor], form: LinearForm, in_features: int) -> torch.Tensor:
+    """The 4-bit codes `[O, I]` of a packed weight, uint8; of a symmetric sparse one 8, which is zero, between those."""
+    mask = unpack_mask(stored["mask"], in_features) if "mask" in stored else None
+    codes = _spread_values(stored["values"], form, in_features, None, mask)
+    return codes if mask is None else torch.where(mask, codes, INT4_OFFSET)
+
+
 def unpack_weight(stored: Mapping[str, torch.Tensor], form: LinearForm, in_features: int, dtype: torch.dtype):
     """The dense weight `[O, I]` of a packed or low-rank linear from its stored tensors, bias apart."""
     if form.rank is not None:
@@ -352,9 +379,10 @@ class PackedWeight(nn.Module):
         return {name: getattr(self, name) for name in names if getattr(self, name, None) is not None}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The dense weight `[O, I]`; kept between calls in evaluation, unless native kernels keep their own layout."""
+        """The dense weight `[O, I]`; kept between calls in evaluation, unless a layout of the weight is kept."""
         dtype = dtype or self.compute_dtype
-        if self._derived is not None and self._derived[1] == "kernels" and kernels_in_use() is not None:
+        key = None if self._derived is None else self._derived[1]
+        if isinstance(key, tuple) or (key == "kernels" and kernels_in_use() is not None):
             return unpack_rows(self.stored(), self.form, self.in_features, dtype)
         return self._derive(dtype, lambda: unpack_rows(self.stored(), self.form, self.in_features, dtype))
 
@@ -371,8 +399,18 @@ class PackedWeight(nn.Module):
         """The dense weight `[O, I]`, read-only."""
         return self.dense_weight().detach().as_subclass(DerivedWeight)
 
+    def _kept(self, key: object) -> torch.Tensor | CudaWeight | None:
+        """What is kept under a key, to a graph that is being compiled; an exported one holds stored tensors alone."""
+        needs_gradient = torch.is_grad_enabled() and self.values.requires_grad
+        if self._derived is None or needs_gradient or torch.compiler.is_exporting():
+            return None
+        return self._derived[2] if self._derived[1] == key else None
+
     def _derive(self, key: object, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A tensor computed from the stored ones, kept until one of them, or the key, is another."""
+        """What is computed from the stored tensors, kept until one of them, or the key, is another."""
+        if torch.compiler.is_compiling():
+            kept = self._kept(key)
+            return compute() if kept is None else kept
         if not self._may_keep():
             return compute()
         versions = [(tensor, tensor._version) for tensor in self.stored().values()]
@@ -387,7 +425,7 @@ class PackedWeight(nn.Module):
         needs_gradient = torch.is_grad_enabled() and values.requires_grad
         # The tensors of one that is offloaded, or paged, come and go with every call.
         offloaded = hasattr(self, "_hf_hook") or hasattr(self, "_paging")
-        stable = not (self.training or needs_gradient or offloaded or torch.compiler.is_compiling())
+        stable = not (self.training or needs_gradient or offloaded)
         return stable and type(values.data) is torch.Tensor and not values.is_inference()
 
     def check_stored(self, name: str) -> None:
@@ -402,6 +440,10 @@ class PackedWeight(nn.Module):
     def train(self, mode: bool = True):
         self._derived = None
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._derived = None  # a compiled graph does not look at versions
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         exact = {name: tensor for name, tensor in self.stored().items() if name in ("scales", "zero_points")}
@@ -440,7 +482,51 @@ class PackedLinear(PackedWeight, nn.Linear):
         kernels = kernels_in_use()
         if kernels is not None and kernels.serves(input) and (layout := self.kernel_layout()) is not None:
             return kernels.linear(input, layout, self.bias)
+        needs_backward = input.requires_grad and torch.is_grad_enabled()  # which products on CUDA do not have
+        if not needs_backward and (weight := self.cuda_layout(input.dtype)) is not None:
+            return self._multiply(input, weight)
         return F.linear(input, self.dense_weight(input.dtype), self.bias)
+
+    def cuda_layout(self, dtype: torch.dtype) -> CudaWeight | None:
+        """The weight as torch's products on CUDA read it, kept between calls in evaluation; `None` where none does.
+
+        A graph that is compiled has it where it was there before: see `LLMKernelPreTrainedModel.get_compiled_call`.
+        """
+        key = ("cuda", dtype)
+        if torch.compiler.is_compiling():
+            return self._kept(key)
+        device = self.values.device
+        if not self._may_keep():
+            return None
+        kind = layout_kind(self.form, self.out_features, self.in_features, dtype) if takes_layouts(device) else None
+        if kind is not None:
+            return self._derive(key, lambda: self._make_cuda_layout(kind, dtype))
+        if device.type != "cpu":
+            logger.warning_once(
+                f"packed linears that have no product of their own on {device.type} are kept and multiplied dense; "
+                "`llmkernel export MODEL OUTPUT --to compressed-tensors` writes int4 and int8 for vLLM."
+            )
+        return None
+
+    def _make_cuda_layout(self, kind: str, dtype: torch.dtype) -> CudaWeight:
+        stored = self.stored()
+        if kind == "2:4":
+            return two_of_four_weight(unpack_rows(stored, self.form, self.in_features, dtype))
+        if kind == "int8":
+            return Int8Weight(self.values.detach(), self.scales, stored.get("zero_points"))
+        codes = unpack_codes(stored, self.form, self.in_features)
+        return int4_weight(codes, self.form, self.scales, stored.get("zero_points"))
+
+    def prepare(self) -> None:
+        """Keeps what a graph on CUDA, which is compiled after this, computes with."""
+        if takes_layouts(self.values.device) and self.cuda_layout(self.compute_dtype) is None:
+            self.dense_weight()
+
+    def _multiply(self, input: torch.Tensor, weight: CudaWeight) -> torch.Tensor:
+        rows = input.reshape(-1, self.in_features)
+        if isinstance(weight, Int4Weight) and rows.shape[0] > INT4_ROWS:
+            return F.linear(input, self.dense_weight(input.dtype), self.bias)
+        return weight.linear(rows, self.bias).view(*input.shape[:-1], self.out_features)
 
 
 class PackedEmbedding(PackedWeight):

@@ -52,6 +52,7 @@ from .configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LinearForm
 from .linear_llm_kernel import (
     LowRankEmbedding,
     LowRankLinear,
+    PackedLinear,
     PackedWeight,
     build_embedding,
     build_linear,
@@ -465,6 +466,13 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
     def train(self, mode: bool = True):
         guard_four_bit(self)  # nothing evaluates that was not told to
         return super().train(mode)
+
+    def get_compiled_call(self, compile_config):
+        # Weights that were unpacked within the graph would be unpacked for every token.
+        for module in self.modules():
+            if isinstance(module, PackedLinear):
+                module.prepare()
+        return super().get_compiled_call(compile_config)
 
     def _expand_parallel_plan(self, plan):
         # A low-rank linear is split in its factors; its own entry is that of the dense linears of other layers.
