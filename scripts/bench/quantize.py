@@ -61,7 +61,9 @@ RECIPES: dict[str, list[Any]] = {
     # 3.25 bits a weight otherwise: the bytes of 2:4 + int4 from fewer weights of four bits.
     "refit, 2:4 + int4 g64": ["refit", {"sparsify": {"pattern": "2:4"}}, {"quantize": {**INT4, **BEST}}],
     "FFN -31 % global, refit, int4 g64": [
-        {"prune_ffn": {"ratio": 0.31, "method": "flap", "allocation": "global"}}, "refit", {"quantize": {**INT4, **BEST}}
+        {"prune_ffn": {"ratio": 0.31, "method": "flap", "allocation": "global"}},
+        "refit",
+        {"quantize": {**INT4, **BEST}},
     ],
     "7 layers dropped, refit, int4 g64": [{"drop_layers": {"count": 7}}, "refit", {"quantize": {**INT4, **BEST}}],
     "50 % + int8 g64": [{"sparsify": {"sparsity": 0.5}}, {"quantize": {"bits": 8, "group_size": 64}}],

@@ -20,6 +20,7 @@ from hf_llmkernel.model.linear_llm_kernel import (
     pack_mask,
     pack_nibbles,
     pack_weight,
+    population,
     unpack_mask,
     unpack_nibbles,
     unpack_rows,
@@ -104,6 +105,7 @@ def test_masks_are_bits_lowest_first():
     reference = np.packbits(mask.numpy(), axis=1, bitorder="little")
     assert np.array_equal(pack_mask(mask).numpy(), reference)
     assert torch.equal(unpack_mask(pack_mask(mask), IN), mask)
+    assert population(torch.arange(256).to(torch.uint8)).tolist() == [bin(byte).count("1") for byte in range(256)]
 
 
 def test_nibbles_are_two_a_byte_lowest_first():

@@ -8,10 +8,6 @@
 namespace llmk {
 namespace {
 
-inline bool kept(const llmk_stored& s, int64_t row, int64_t column) {
-    return s.mask == nullptr || ((s.mask[row * ceil_div(s.columns, 8) + column / 8] >> (column % 8)) & 1);
-}
-
 int64_t row_population(const llmk_stored& s, int64_t row) {
     const uint8_t* mask = s.mask + row * ceil_div(s.columns, 8);
     int64_t count = 0;
@@ -41,23 +37,36 @@ bool find_rows(const llmk_stored& s, std::vector<int64_t>& starts) {
 class RowReader {
   public:
     RowReader(const llmk_stored& s, const llmk_matrix& w, const std::vector<int64_t>& starts)
-        : s_(s), starts_(starts), group_(padding_group(w)), padded_(padded_columns(w)) {}
+        : s_(s), starts_(starts), group_(padding_group(w)), padded_(padded_columns(w)),
+          last_(value_capacity(s) - 1) {}
 
     template <class Value>
     void read(int64_t row, Value* values, uint8_t* kept_columns) const {
         std::memset(kept_columns, 0, static_cast<size_t>(padded_));
-        for (int64_t i = 0; i < padded_; ++i) values[i] = 0;
+        std::memset(values, 0, static_cast<size_t>(padded_) * sizeof(Value));
         if (row >= s_.rows) return;
         int64_t next = starts_[row];
-        for (int64_t column = 0; column < s_.columns; ++column) {
-            const int64_t at = group_ == 0 ? column : column / group_ * round_up(group_, kSegment) + column % group_;
-            const bool is_kept = kept(s_, row, column);
-            kept_columns[at] = is_kept;
-            values[at] = static_cast<Value>(is_kept ? value(next++) : code_of_zero(row, column));
+        const int64_t group = group_ == 0 ? s_.columns : group_;
+        for (int64_t begin = 0; begin < s_.columns; begin += group) {
+            const int64_t at = begin / group * round_up(group, kSegment);
+            next = read_columns(row, begin, smaller(begin + group, s_.columns), next, values + at, kept_columns + at);
         }
     }
 
   private:
+    // Without branches on the mask, which would be mispredicted half of the time; the index of the value behind the last.
+    template <class Value>
+    int64_t read_columns(int64_t row, int64_t begin, int64_t end, int64_t next, Value* values, uint8_t* kept_columns) const {
+        const uint8_t* mask = s_.mask == nullptr ? nullptr : s_.mask + row * ceil_div(s_.columns, 8);
+        for (int64_t column = begin; column < end; ++column) {
+            const uint8_t is_kept = mask == nullptr ? 1 : (mask[column / 8] >> (column % 8)) & 1;
+            const int32_t kept_value = last_ < 0 ? 0 : value(smaller(next, last_)), zero = code_of_zero(row, column);
+            kept_columns[column - begin] = is_kept;
+            values[column - begin] = static_cast<Value>(is_kept ? kept_value : zero);
+            next += is_kept;
+        }
+        return next;
+    }
     int32_t value(int64_t index) const {
         if (s_.bits == 4) return (s_.values[index / 2] >> (4 * (index % 2))) & 15;
         if (s_.bits == 8) return s_.zero_type == LLMK_TYPE_NONE ? s_.values[index] ^ 0x80 : s_.values[index];
@@ -66,14 +75,14 @@ class RowReader {
         return word;
     }
     int32_t code_of_zero(int64_t row, int64_t column) const {
-        if (s_.bits == 16) return 0;
+        if (s_.bits == 16 || s_.mask == nullptr) return 0;
         if (s_.zero_type == LLMK_TYPE_NONE) return s_.bits == 4 ? 8 : 128;
         return s_.zeros[row * ceil_div(s_.columns, s_.group) + column / s_.group];
     }
 
     const llmk_stored& s_;
     const std::vector<int64_t>& starts_;
-    int64_t group_, padded_;
+    int64_t group_, padded_, last_;
 };
 
 // Sixteen rows in padded columns.
@@ -103,55 +112,68 @@ void write_dense(const llmk_matrix& w, const BlockRows<uint8_t>& rows, uint8_t* 
             }
 }
 
-// The 64 bits of a mask and its values, behind each other.
+// One mask of a block and the values whose bit is set, those of int4 as a byte each.
 template <class Value>
 struct MaskedValues {
+    static constexpr int64_t kColumns = 4 / sizeof(Value), kBits = kBlock * kColumns;
     uint64_t mask = 0;
     int64_t count = 0;
-    uint8_t bytes[kLine] = {};
-    void add(int bit, Value value, bool nibbles) {
-        mask |= uint64_t{1} << bit;
-        uint8_t* to = bytes + (nibbles ? count / 2 : count * static_cast<int64_t>(sizeof(Value)));
-        if (nibbles) *to = static_cast<uint8_t>(*to | (value << (4 * (count % 2))));
-        else std::memcpy(to, &value, sizeof(Value));
-        ++count;
+    Value values[kBits];
+    MaskedValues(const BlockRows<Value>& rows, int64_t column) {
+        for (int64_t r = 0; r < kBlock; ++r)
+            for (int64_t c = 0; c < kColumns; ++c) {  // no branch, as above
+                const int64_t at = r * rows.padded + column + c;
+                values[count] = rows.values[at];
+                mask |= static_cast<uint64_t>(rows.kept[at]) << (r * kColumns + c);
+                count += rows.kept[at];
+            }
     }
 };
 
-// Segments of masks and values, or their bytes alone where `out` is NULL.
+template <class Value>
+int64_t values_bytes(const llmk_matrix& w, int64_t count) {
+    return w.kind == LLMK_SPARSE_INT4 ? ceil_div(count, 2) : count * static_cast<int64_t>(sizeof(Value));
+}
+
+// Segments of masks and values; returns their bytes.
 template <class Value>
 int64_t write_sparse(const llmk_matrix& w, const BlockRows<Value>& rows, uint8_t* out) {
-    constexpr int64_t size = sizeof(Value), columns_a_mask = 4 / size, mask_bytes = kBlock * columns_a_mask / 8;
-    const bool nibbles = w.kind == LLMK_SPARSE_INT4;
+    using Some = MaskedValues<Value>;
     int64_t bytes = 0;
     for (int64_t segment = 0; segment < rows.padded; segment += kSegment) {
         uint8_t* masks = out + bytes;
         bytes += kLine;
-        for (int64_t column = segment; column < segment + kSegment; column += columns_a_mask, masks += mask_bytes) {
-            MaskedValues<Value> some;
-            for (int64_t bit = 0; bit < kBlock * columns_a_mask; ++bit) {
-                const int64_t at = bit / columns_a_mask * rows.padded + column + bit % columns_a_mask;
-                if (rows.kept[at]) some.add(static_cast<int>(bit), rows.values[at], nibbles);
-            }
-            const int64_t value_bytes = nibbles ? ceil_div(some.count, 2) : some.count * size;
-            if (out != nullptr) {
-                std::memcpy(masks, &some.mask, mask_bytes);
-                std::memcpy(out + bytes, some.bytes, static_cast<size_t>(value_bytes));
-            }
-            bytes += value_bytes;
+        for (int64_t column = segment; column < segment + kSegment; column += Some::kColumns, masks += Some::kBits / 8) {
+            const Some some(rows, column);
+            std::memcpy(masks, &some.mask, Some::kBits / 8);
+            uint8_t* to = out + bytes;
+            if (w.kind != LLMK_SPARSE_INT4) std::memcpy(to, some.values, static_cast<size_t>(some.count) * sizeof(Value));
+            else
+                for (int64_t i = 0; i < some.count; ++i) to[i / 2] = static_cast<uint8_t>(to[i / 2] | (some.values[i] << (4 * (i % 2))));
+            bytes += values_bytes<Value>(w, some.count);
         }
     }
     return bytes;
 }
 
-// Bytes of every record's values, without writing them: from the masks alone.
+// Bytes of every record's masks and values.
 template <class Value>
 void measure_sparse(const llmk_stored& s, const llmk_matrix& w, const std::vector<int64_t>& starts, std::vector<int64_t>& bytes) {
+    const int64_t masks = padded_columns(w) / kSegment * kLine;
+    if (w.kind != LLMK_SPARSE_INT4) {  // as many values as the rows have
+        for (int64_t block = 0; block < blocks(w); ++block) {
+            const int64_t count = starts[smaller((block + 1) * kBlock, s.rows)] - starts[block * kBlock];
+            bytes[block] = masks + values_bytes<Value>(w, count);
+        }
+        return;
+    }
     const RowReader reader(s, w, starts);
     BlockRows<Value> rows(w);
     for (int64_t block = 0; block < blocks(w); ++block) {
         rows.read(reader, block);
-        bytes[block] = write_sparse(w, rows, nullptr);
+        bytes[block] = masks;
+        for (int64_t column = 0; column < rows.padded; column += MaskedValues<Value>::kColumns)
+            bytes[block] += values_bytes<Value>(w, MaskedValues<Value>(rows, column).count);
     }
 }
 
