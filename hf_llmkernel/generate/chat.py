@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .command import check_tokens, load
-from .sampling import CacheKind, Dtype, Seed, Temperature, TopP, cache_bits, sampling_options
+from .sampling import CacheKind, Drafts, Dtype, Seed, Temperature, TopP, cache_bits, check_draft, sampling_options
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ def chat(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     cache: CacheKind = "full",
+    draft: Drafts = None,
 ) -> dict[str, Any]:
     """Talk with a model: every line is a message, the answer is streamed.
 
@@ -41,7 +42,14 @@ def chat(
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
+    check_draft(draft, temperature=temperature, cache=bits)
     network, tokenizer = load(model, dtype)
+    if draft:
+        from .command import encode_messages
+        from .drafts import chosen_draft
+
+        inputs = encode_messages(tokenizer, [{"role": "user", "content": "Tell me about yourself."}])
+        sampling["assistant_model"] = chosen_draft(network, tokenizer, draft, inputs)
     conversation = Conversation(network, tokenizer, system, bits, seed, max_new_tokens=max_new_tokens, **sampling)
     for line in messages():
         if line == "/exit":

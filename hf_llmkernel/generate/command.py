@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..registration import MODEL_TYPE
-from .sampling import DTYPES, CacheKind, Dtype, Seed, Temperature, TopP, cache_bits, sampling_options
+from .sampling import (
+    DTYPES,
+    CacheKind,
+    Drafts,
+    Dtype,
+    Seed,
+    Temperature,
+    TopP,
+    cache_bits,
+    check_draft,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +43,7 @@ def generate(
     seed: Seed = 0,
     dtype: Dtype = "auto",
     cache: CacheKind = "full",
+    draft: Drafts = None,
     memory: Annotated[
         str | None, typer.Option(help="Most that the process may take, as in 1.5GB: what does not fit is read again.")
     ] = None,
@@ -47,11 +59,12 @@ def generate(
     under `torchrun` the processes share the prompts.
 
     Raises:
-        ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, or less `memory` than
-            two blocks of the model need.
+        ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, a `draft` of another
+            vocabulary or beside what it does not go with, or less `memory` than two blocks of the model need.
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
+    check_draft(draft, temperature=temperature, cache=bits, memory=memory, prompts=prompts)
     if prompts is not None:
         refused = {"PROMPT": prompt, "memory": memory, "cache": None if cache == "full" else cache}
         if given := [name for name, value in refused.items() if value is not None]:
@@ -71,6 +84,10 @@ def generate(
         from .cache import IntegerCache
 
         sampling["past_key_values"] = IntegerCache(network.config, bits)
+    if draft:
+        from .drafts import chosen_draft
+
+        sampling["assistant_model"] = chosen_draft(network, tokenizer, draft, inputs)
     tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=max_new_tokens, **sampling)
     return {
         "model": model,
@@ -82,6 +99,7 @@ def generate(
         "prompt_tokens": inputs["input_ids"].shape[1],
         "dtype": str(network.dtype).removeprefix("torch."),
         "cache": cache,
+        "draft": draft,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,

@@ -11,6 +11,10 @@ Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest
 TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 Dtype = Annotated[str, typer.Option(help=f"Compute dtype: {', '.join(DTYPES)}; auto is the checkpoint's.")]
+Drafts = Annotated[
+    list[str] | None,
+    typer.Option("--draft", help="A compressed copy that writes ahead of the model; of several the one that pays."),
+]
 CacheKind = Annotated[str, typer.Option(help=f"Keys and values of past tokens: {', '.join(CACHES)}.")]
 
 # Sampling settings of a checkpoint's own generation config would be warned about beside do_sample=False.
@@ -24,6 +28,12 @@ def sampling_options(temperature: float, top_p: float) -> dict[str, Any]:
     if top_p < 1.0 and temperature == 0.0:
         raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
     return {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else dict(GREEDY)
+
+
+def check_draft(drafts: list[str] | None, **others: Any) -> None:
+    """Raises `ValueError` where a draft is asked for beside what it does not go with: any of the others that is set."""
+    if drafts and (given := [name for name, value in others.items() if value]):
+        raise ValueError(f"draft: goes without {given[0]}; leave one of the two out.")
 
 
 def cache_bits(cache: str) -> int | None:

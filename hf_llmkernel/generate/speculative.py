@@ -16,8 +16,10 @@ Shapes: S tokens of the sequence, K drafted tokens, V vocab_size.
 """
 
 import time
+from bisect import bisect
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from math import inf, prod
 from statistics import fmean, linear_regression, median
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -33,13 +35,17 @@ MOST_DRAFTED = 7  # with the token before them what a native step takes to the b
 FIRST_DRAFTED = 3
 ONE_MORE = 0.06  # of a step's cost, for every token more, until that is measured
 RECENT = 9  # measurements of a cost, of which the median counts
+CONFIDENCES = (0.2, 0.4, 0.6, 0.8, 0.9, 0.97)  # of the draft, between bands of as many tokens accepted
+STEPS = 12  # with a draft, after which they must have paid
+PLAIN_EVERY = 32  # steps
 MEMORY = 64  # drafted tokens whose acceptance counts
-FIRST_PAUSE, LONGEST_PAUSE = 16, 1024  # tokens without a draft, until it is looked at again
+FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # tokens without a draft, until it is looked at again
 OWN = ("past_key_values", "position_ids", "use_cache", "logits_to_keep", "inputs_tensor", "tokenizer")
 KINDS = ("prompt_lookup_num_tokens", "use_mtp", "speculation_type", "assistant_early_exit", "assistant_ensemble_weight")
 OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 _paces: WeakKeyDictionary[Any, WeakKeyDictionary[Any, "Pace"]] = WeakKeyDictionary()  # of a draft, by the model
+_drafts: WeakKeyDictionary[Cache, "Draft"] = WeakKeyDictionary()  # by the model's cache, which a conversation keeps
 
 
 def assisted_decoding(
@@ -62,7 +68,11 @@ def assisted_decoding(
     written = Written(input_ids, logits_processor, stopping_criteria, streamer)
     written.take(logits, [])
     pace = _paces.setdefault(assistant_model, WeakKeyDictionary()).setdefault(model, Pace())
-    _decode(model, cache, written, Draft(assistant_model), pace)
+    draft = _drafts.get(cache)
+    if draft is None or draft.model is not assistant_model:
+        draft = _drafts[cache] = Draft(assistant_model)
+    draft.begin(written)
+    _decode(model, cache, written, draft, pace)
     if streamer is not None:
         streamer.end()
     sequences = written.ids().clone()
@@ -75,10 +85,10 @@ def _decode(model: Any, cache: Cache, written: "Written", draft: "Draft", pace: 
     """Drafts and checks until the end; the cache is left with all tokens but the last, as by `generate`."""
     while not written.ended:
         count = min(pace.wanted(lambda: draft.catch_up(written)), written.room() - 1)
-        if count and written.length - draft.read > 2:
+        if count and written.length - draft.read() > 2:
             draft.catch_up(written)
         started = time.perf_counter()
-        drafted = draft.propose(written, count)
+        drafted, confidences = draft.propose(written, count, pace)
         proposed = time.perf_counter()
         tokens = torch.tensor([[written.last(), *drafted]], device=model.device)
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True, return_dict=True).logits
@@ -87,7 +97,7 @@ def _decode(model: Any, cache: Cache, written: "Written", draft: "Draft", pace: 
         added = written.length - before
         take_back(model, cache, 1 + len(drafted) - added)
         draft.keep(written.length - 1)
-        pace.measure(len(drafted), added, accepted, proposed - started, time.perf_counter() - proposed)
+        pace.measure(confidences, added, accepted, proposed - started, time.perf_counter() - proposed)
 
 
 # ---- what this loop serves ----
@@ -186,29 +196,42 @@ class Draft:
         self.model = model
         self.cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         self.cache.activate_past_recording()
-        self.read = 0  # tokens in the cache
+        self.tokens: list[int] = []  # in the cache
         self.keeps = model._supports_logits_to_keep()
         self.context = getattr(model.config, "max_position_embeddings", None)
 
-    def propose(self, written: Written, count: int) -> list[int]:
-        """The draft's likeliest tokens after the sequence, as many as asked for, fewer at an end or its context's."""
+    def read(self) -> int:
+        """How many tokens it has read."""
+        return len(self.tokens)
+
+    def begin(self, written: Written) -> None:
+        """Keeps of what it has read what the sequence begins with, but for the last token."""
+        pairs = enumerate(zip(self.tokens, written.ids()[0].tolist(), strict=False))
+        same = next((index for index, (read, token) in pairs if read != token), self.read())
+        self.keep(min(same, written.length - 1))
+
+    def propose(self, written: Written, count: int, pace: "Pace") -> tuple[list[int], list[float]]:
+        """Likeliest tokens after the sequence and their probabilities: at most `count`, as long as one more pays."""
         if self.context is not None:
             count = min(count, self.context - written.length)
         drafted: list[int] = []
-        while len(drafted) < count and (not drafted or drafted[-1] not in written.eos):
-            new = torch.tensor([drafted[-1:]]) if drafted else written.ids()[:, self.read :]
-            drafted += self._forward(new, 1)[0].argmax(-1).tolist()
-        return drafted
+        confidences: list[float] = []
+        while len(drafted) < count and pace.pays(confidences) and (not drafted or drafted[-1] not in written.eos):
+            new = torch.tensor([drafted[-1:]]) if drafted else written.ids()[:, self.read() :]
+            confidence, token = self._forward(new, 1)[0, 0].float().softmax(-1).max(-1)
+            drafted.append(int(token))
+            confidences.append(float(confidence))
+        return drafted, confidences
 
     def keep(self, tokens: int) -> None:
         """Takes back what was read beyond the first tokens of the sequence: drafted ones that were not accepted."""
-        if self.read > tokens:
-            take_back(self.model, self.cache, self.read - tokens)
-            self.read = tokens
+        if self.read() > tokens:
+            take_back(self.model, self.cache, self.read() - tokens)
+            del self.tokens[tokens:]
 
     def catch_up(self, written: Written) -> tuple[int, int]:
         """Reads all but the last token; how many of the last new ones it would have drafted, and of how many."""
-        unread = written.ids()[:, self.read : -1]
+        unread = written.ids()[:, self.read() : -1]
         if not unread.shape[1] or (self.context is not None and written.length > self.context):
             return 0, 0
         of = min(unread.shape[1], written.length - 1 - written.prompt, MEMORY)
@@ -220,7 +243,7 @@ class Draft:
         options = {"logits_to_keep": kept} if self.keeps else {}
         tokens = tokens.to(self.model.device)
         output = self.model(input_ids=tokens, past_key_values=self.cache, use_cache=True, return_dict=True, **options)
-        self.read += tokens.shape[1]
+        self.tokens += tokens[0].tolist()
         return output.logits[:, -kept:]
 
 
@@ -255,28 +278,61 @@ def best_count(
 class Pace:
     """How many tokens are drafted, by what was measured of a model and a draft; both keep it between calls.
 
-    Where none would be best, the draft rests. After a pause it reads what was written meanwhile, all at once, which
-    says how many of these tokens it would have got right; while these are too few, pauses become longer.
+    The draft goes on while the chance that all its tokens are accepted is worth another one; how often tokens are of
+    which it is more or less sure, is counted. Where no draft pays, it rests. After a pause it reads what was written
+    meanwhile, all at once, which says how many of these tokens it would have got right, and drafts once; while that
+    does not pay, pauses become longer.
     """
 
     def __init__(self) -> None:
         self.accepted, self.of = 1.6, 2.0  # a guess that a few tokens outweigh
+        self.bands = [[0.0, 0.0] for _ in range(len(CONFIDENCES) + 1)]  # the same, by how sure the draft is
         self.checks: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))  # seconds, by tokens
-        self.drafts: deque[float] = deque(maxlen=RECENT)
+        self.drafts: deque[float] = deque(maxlen=RECENT)  # seconds of one drafted token
+        self.steps: deque[tuple[int, int]] = deque(maxlen=STEPS)  # tokens drafted, and added
+        self.least = 0.0  # chance that is worth another token
+        self.asked = 0
         self.rests = False
         self.pause, self.left = FIRST_PAUSE, 0
 
     def wanted(self, look: Callable[[], tuple[int, int]]) -> int:
-        """Tokens to draft now. `look` gives accepted tokens, and of how many, of those written in a pause."""
-        if self.left > 0 or not self.checks[1]:
+        """The most tokens to draft now. `look` gives accepted tokens, and of how many, of those written in a pause."""
+        self.asked += 1
+        if self.left > 0 or self.asked % PLAIN_EVERY == 1:  # a step alone is what all is compared with
             return 0
         if self.rests:
             self.accept(*look())
-        count = self.best()[0] if self.drafts else FIRST_DRAFTED
-        self.rests = count == 0
-        self.left = self.pause if self.rests else 0
-        self.pause = min(4 * self.pause, LONGEST_PAUSE) if self.rests else FIRST_PAUSE
+            self._resume()
+        count = FIRST_DRAFTED
+        if self.drafts:
+            count, gain = self.best()
+            seconds = self._check_seconds()
+            self.least = gain / seconds(1) * (median(self.drafts) + seconds(2) - seconds(1)) / self.acceptance()
+            self._rest(count == 0 or self.gain() < 1)
+            count = 0 if self.rests else MOST_DRAFTED
         return count
+
+    def _resume(self) -> None:
+        """Forgets all costs but that of a step alone: the machine, or the context, may be another now."""
+        self.rests, self.least = False, 0.0
+        for tokens in self.checks.keys() - {1}:
+            del self.checks[tokens]
+        self.drafts.clear()
+        self.steps.clear()
+
+    def _rest(self, rests: bool) -> None:
+        self.rests = rests
+        self.left = self.pause if rests else 0
+        self.pause = min(4 * self.pause, LONGEST_PAUSE) if rests else FIRST_PAUSE
+
+    def pays(self, confidences: Sequence[float]) -> bool:
+        """Whether another token is worth its draft and check, by how sure the draft was of those it has."""
+        return prod(map(self.chance, confidences)) > self.least
+
+    def chance(self, confidence: float) -> float:
+        """That a token of this confidence is accepted."""
+        accepted, of = self.bands[bisect(CONFIDENCES, confidence)]
+        return (accepted + 1 + confidence) / (of + 2)
 
     def best(self) -> tuple[int, float]:
         """See `best_count`."""
@@ -285,18 +341,33 @@ class Pace:
     def acceptance(self) -> float:
         return self.accepted / self.of
 
+    def gain(self) -> float:
+        """How many times the tokens a second of steps alone the last steps had; infinite as long as these are few."""
+        if len(self.steps) < STEPS:
+            return inf
+        seconds, draft_seconds = self._check_seconds(), median(self.drafts)
+        taken = sum(count * draft_seconds + seconds(1 + count) for count, _ in self.steps)
+        return sum(added for _, added in self.steps) * seconds(1) / taken
+
     def accept(self, accepted: int, of: int) -> None:
         """Counts drafted tokens up to the first one that was not accepted; older ones count less."""
         kept = (1 - 1 / MEMORY) ** of
         self.accepted, self.of = kept * self.accepted + accepted, kept * self.of + of
 
-    def measure(self, drafted: int, added: int, accepted: int, draft_seconds: float, check_seconds: float) -> None:
-        """Counts a step: tokens drafted, added, and drafted ones among these, and what it took."""
+    def measure(
+        self, confidences: Sequence[float], added: int, accepted: int, draft_seconds: float, check_seconds: float
+    ) -> None:
+        """Counts a step: how sure the draft was of its tokens, tokens added, drafted ones among them, and the time."""
         self.left -= added
-        self.checks[1 + drafted].append(check_seconds)
-        if drafted:
-            self.drafts.append(draft_seconds / drafted)
-            self.accept(accepted, min(added, drafted))
+        self.checks[1 + len(confidences)].append(check_seconds)
+        if not confidences:
+            return
+        self.drafts.append(draft_seconds / len(confidences))
+        self.steps.append((len(confidences), added))
+        self.accept(accepted, min(added, len(confidences)))
+        for index, confidence in enumerate(confidences[:added]):
+            band = self.bands[bisect(CONFIDENCES, confidence)]
+            band[:] = [(1 - 1 / MEMORY) * band[0] + (index < accepted), (1 - 1 / MEMORY) * band[1] + 1]
 
     def _check_seconds(self) -> Callable[[int], float]:
         """Seconds of a check by its tokens: a line through the medians, which are taken of some numbers only."""
