@@ -122,6 +122,15 @@ class LastInputs {
     Inputs inputs_[3];
 };
 
+// The beginning of the blocks that this thread will probably multiply, on its way while the inputs are made.
+void fetch_blocks(const Stage& stage, int64_t block) {
+    for (int i = 0; i < stage.count; ++i) {
+        const llmk_matrix& w = last_matrix(*stage.linear[i]);
+        if (block < blocks(w)) return fetch_start(w, block);
+        block -= blocks(w);
+    }
+}
+
 // Rows of a product, handed to `done(linear, first row, rows, sums [M, rows of stride], stride)` where they are computed.
 template <class Source, class Done>
 void products(Team& team, const Step& step, const Stage& stage, Source&& source, Done&& done) {
@@ -137,6 +146,7 @@ void products(Team& team, const Step& step, const Stage& stage, Source&& source,
         sums = arena.take<float>(step.m * stride);
         inputs.prepare(step, stage, arena, source);
     };
+    fetch_blocks(stage, team.probable_chunk() * size);
     team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
         int64_t begin = chunk * size, end = smaller(begin + size, total);
         for (int i = 0; i < stage.count && begin < end; ++i) {
@@ -167,6 +177,7 @@ void paired_products(Team& team, const Step& step, const Stage& stage, Source&& 
         sums = arena.take<float>(2 * step.m * stride);
         inputs.prepare(step, stage, arena, source);
     };
+    fetch_start(last_matrix(*stage.linear[0]), team.probable_chunk() * size);
     team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
         const int64_t begin = chunk * size, end = smaller(begin + size, total);
         float* second = sums + step.m * stride;

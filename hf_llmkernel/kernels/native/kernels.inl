@@ -58,9 +58,6 @@ inline Floats load_scales(const uint8_t* p, int32_t type) {
     }
 }
 
-// Packed weights are asked for so many bytes before they are needed: the memory's latency at 40 GB/s and more.
-constexpr int64_t kAhead = 8192;
-
 template <int Lines>
 inline void prefetch_lines(const uint8_t* p) {
     for (int i = 0; i < Lines; ++i) prefetch(p + i * kLine);
@@ -272,6 +269,7 @@ inline void tile(const llmk_matrix& w, int64_t block, const Inputs& x, int64_t m
 }
 
 void multiply(const llmk_matrix& w, const Inputs& x, int64_t first_block, int64_t end_block, float* out, int64_t stride) {
+    fetch_start(w, first_block);
     for (int64_t block = first_block; block < end_block; ++block, out += kBlock) {
         int64_t m = 0;
         for (; x.rows - m >= 8; m += 8) tile<8>(w, block, x, m, out, stride);

@@ -66,4 +66,13 @@ inline const uint8_t* record(const llmk_matrix& w, int64_t block) {
     return w.data + block * record_bytes(w);
 }
 
+// Packed weights are asked for so many bytes before they are needed: the memory's latency at 40 GB/s and more. Nothing else
+// fetches them ahead, least of all where a run of blocks begins.
+constexpr int64_t kAhead = 8192;
+
+inline void fetch_start(const llmk_matrix& w, int64_t block) {
+    if (is_row_major(w.kind) || block >= blocks(w)) return;
+    for (int64_t i = 0; i < kAhead; i += kLine) __builtin_prefetch(record(w, block) + i);
+}
+
 }  // namespace llmk

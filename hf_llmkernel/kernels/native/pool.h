@@ -23,6 +23,9 @@ class Team {
 
     int threads() const { return threads_; }
 
+    // The chunk of the next phase that this thread will probably be given.
+    int64_t probable_chunk() const { return phase_->claimed.load(std::memory_order_relaxed); }
+
     // Runs chunk(0) ... chunk(chunks - 1), each once, on whichever thread comes first, after that thread's prepare().
     // A late thread may run prepare() on what later phases are writing already, but then it gets no chunk.
     template <class Prepare, class Chunk>
