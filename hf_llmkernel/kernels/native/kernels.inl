@@ -352,12 +352,14 @@ void activate(int32_t activation, const float* gate, const float* up, int64_t co
 // ---- attention ----
 
 struct FloatStates {
+    static constexpr int64_t kBytes = 4;
     static Floats load(const uint8_t* p, int64_t at, int64_t count) {
         const float* states = reinterpret_cast<const float*>(p) + at;
         return count == 16 ? f_load(states) : f_load_some(states, count);
     }
 };
 struct Bf16States {
+    static constexpr int64_t kBytes = 2;
     static Floats load(const uint8_t* p, int64_t at, int64_t count) {
         const uint16_t* states = reinterpret_cast<const uint16_t*>(p) + at;
         return count == 16 ? f_load_bf16(states) : f_load_bf16_some(states, count);
@@ -389,6 +391,33 @@ inline void score_tokens(const Attention& a, int64_t first, int64_t count, int64
         f_store(scores[h - head] + column, f_sums(sums));
     }
 }
+
+#ifdef LLMK_SPARSE_LANES
+// The same of bf16 keys, whose rounding the query takes part in, as it does in prompts and in torch.
+template <>
+inline void score_tokens<Bf16States>(const Attention& a, int64_t first, int64_t count, int64_t heads, int64_t head,
+                                     float (*scores)[kTokens], int64_t column) {
+    const uint16_t* keys[16];
+    for (int64_t t = 0; t < 16; ++t)
+        keys[t] = reinterpret_cast<const uint16_t*>(a.keys) + (first + smaller(t, count - 1)) * a.token_stride;
+    for (int64_t h = head; h < head + heads; ++h) {
+        const float* query = a.queries + h * a.head_dim;
+        Floats sums[16];
+        for (int t = 0; t < 16; ++t) sums[t] = f_zero();
+        int64_t d = 0;
+        for (; d + 32 <= a.head_dim; d += 32) {
+            const Floats part = f_words(f_load(query + d), f_load(query + d + 16));
+            for (int t = 0; t < 16; ++t) sums[t] = dot_words(sums[t], f_load_words(keys[t] + d, 32), part);
+        }
+        if (const int64_t rest = a.head_dim - d) {
+            const Floats high = rest > 16 ? f_load_some(query + d + 16, rest - 16) : f_zero();
+            const Floats part = f_words(f_load_some(query + d, smaller(16, rest)), high);
+            for (int t = 0; t < 16; ++t) sums[t] = dot_words(sums[t], f_load_words(keys[t] + d, rest), part);
+        }
+        f_store(scores[h - head] + column, f_sums(sums));
+    }
+}
+#endif
 
 // output[h] += Σ weights[h][t] value[t] in V times 16 channels from d (of the last, `width`), for H heads at once so that
 // a value is read once for all.
@@ -446,11 +475,22 @@ inline void weigh(const Attention& a, int64_t first, int64_t count, int64_t head
     for (int64_t d = 0; scale != 1.0f && d < a.head_dim; ++d) output[d] *= scale;
 }
 
+// The states of a tile's tokens, asked for while the tile before it is worked on.
+template <class States>
+inline void fetch_tokens(const Attention& a, const uint8_t* states, int64_t first, int64_t count) {
+    const int64_t bytes = a.head_dim * States::kBytes;
+    for (int64_t t = first; t < first + count; ++t)
+        for (int64_t at = 0; at < bytes; at += kLine) prefetch(states + t * a.token_stride * States::kBytes + at);
+}
+
 template <class States, int H>
 inline void attend_heads(const Attention& a, int64_t head) {
     float scores[H][kTokens];
     for (int64_t first = 0; first < a.tokens; first += kTokens) {
         const int64_t count = smaller(kTokens, a.tokens - first);
+        const int64_t next = first + kTokens, more = smaller(kTokens, a.tokens - next);
+        fetch_tokens<States>(a, a.keys, next, more);
+        fetch_tokens<States>(a, a.values, next, more);
         for (int64_t t = 0; t < count; t += 16) score_tokens<States>(a, first + t, smaller(16, count - t), H, head, scores, t);
         for (int h = 0; h < H; ++h) weigh(a, first, count, head + h, scores[h]);
         add_values<States, H>(a, first, count, head, scores);

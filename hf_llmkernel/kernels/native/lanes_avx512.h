@@ -149,6 +149,13 @@ inline Floats dot_pair(Floats acc, Floats words, const uint16_t* x) {
     __builtin_memcpy(&pair, x, 4);
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(words), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)));
 }
+// 32 floats as words, and acc + two products of words a lane.
+inline Floats f_words(Floats low, Floats high) {
+    return _mm512_castsi512_ps(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+}
+inline Floats dot_words(Floats acc, Floats words, Floats others) {
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(words), reinterpret_cast<__m512bh>(others));
+}
 // Up to 32 words as they are, zero behind them; up to 16 words of two rows, one of each a lane.
 inline Floats f_load_words(const uint16_t* p, int64_t count) {
     return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), p));
