@@ -73,13 +73,14 @@ def test_compressed_is_pruned_by_an_eighth_and_int4(finished):
     assert config["embed_tokens_form"]["bits"] == 4 and config["embed_tokens_form"]["group_size"] == 32
     assert result["notes"][-1].startswith("feed-forward neurons a layer: 64 before, 56 after (12.50% removed")
     stages = Recipe.load(output / "compressed" / "recipe.yaml").stages
-    assert [stage.name for stage in stages] == ["prune_ffn", "quantize", "quantize"]
+    assert [stage.name for stage in stages] == ["prune_ffn", "refit", "quantize", "quantize"]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nothing_is_pruned_unless_asked(bits):
     recipe = build_recipe(bits, 0.0, 64, {"source": "bbc"}, {"source": "bbc"})
-    assert {(stage.name, stage.bits) for stage in recipe.stages} == {("quantize", bits)}
+    assert {stage.name for stage in recipe.stages} == {"quantize", *(["refit"] if bits == 4 else [])}
+    assert {stage.bits for stage in recipe.stages if stage.name == "quantize"} == {bits}
     assert recipe.stages[-1].embeddings and recipe.dtype == "bfloat16"
 
 

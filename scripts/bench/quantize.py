@@ -50,6 +50,7 @@ RECIPES: dict[str, list[Any]] = {
     # Whole models near a quarter of the bf16 bytes: the embedding is a fifth of the parameters.
     "int4 g64 + fp16 zeros, GPTQ, embedding int8": [FOURTH, EMBEDDING_INT8],
     "int4 g64 + fp16 zeros, GPTQ, embedding int4": [FOURTH, EMBEDDING_INT4],
+    "refit, int4 g64 + fp16 zeros, GPTQ, embedding int4": ["refit", FOURTH, EMBEDDING_INT4],
     "FFN -12.5 %, refit, int4 GPTQ, embedding int4": [
         {"prune_ffn": {"ratio": 0.125}}, "refit", FOURTH, EMBEDDING_INT4
     ],
@@ -75,25 +76,29 @@ WORST = 3.0  # a ratio above it is left out of the picture
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Bytes against the ratio on the first text, names beside the points, the front as a line."""
+    """Bytes against the ratio on the first text, the front as a line."""
     points = {
         name: (entry["weight_bytes"] / 1e6, next(iter(entry["perplexity_ratio"].values())))
         for name, entry in results.items()
     }
     points = {name: point for name, point in points.items() if point[1] <= WORST}
     front = pareto_front(list(points.values()))
-    figure = Figure(figsize=(11, 7), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 8), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(*zip(*front, strict=True), color=AFTER, linewidth=1.2)
-    places = sorted(points.items(), key=lambda entry: entry[1])
-    for number, (name, point) in enumerate(places):
-        axes.plot(*point, marker="o", markersize=5, color=AFTER if point in front else MUTED)
+    # Names stand beside the picture, from the largest ratio down as the points do: many lie too close for names.
+    places = sorted(points.items(), key=lambda entry: entry[1][1], reverse=True)
+    for number, (name, point) in enumerate(places, 1):
+        color = AFTER if point in front else MUTED
+        axes.plot(*point, marker="o", markersize=5, color=color)
+        offset = (-13, -3) if number % 2 else (6, -3)
+        axes.annotate(str(number), point, xytext=offset, textcoords="offset points", fontsize=8, color=color)
         axes.annotate(
-            name, point, xytext=(6, 7 if number % 2 else -11), textcoords="offset points", fontsize=7,
-            color=INK if point in front else MUTED,
+            f"{number}  {name}", (1.02, 1 - (number - 0.5) / len(places)), xycoords="axes fraction", fontsize=8,
+            va="center", color=color, annotation_clip=False,
         )  # fmt: skip
-    axes.margins(x=0.12)
+    axes.margins(x=0.06)
     axes.set_yscale("log")
     axes.set_yticks(ticks := [1, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3], [f"×{tick}" for tick in ticks], minor=False)
     axes.set_xlabel("MB of weights, the whole model", color=INK)
