@@ -64,7 +64,7 @@ def generate(
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
-    check_draft(draft, temperature=temperature, cache=bits, memory=memory, prompts=prompts)
+    check_draft(draft, temperature=temperature, cache=bits, prompts=prompts)
     if prompts is not None:
         refused = {"PROMPT": prompt, "memory": memory, "cache": None if cache == "full" else cache}
         if given := [name for name, value in refused.items() if value is not None]:
@@ -77,14 +77,19 @@ def generate(
         return generate_prompts(model, prompts, output, batch, chat, seed, dtype, **options)
     if prompt is None or output is not None:
         raise ValueError("PROMPT: is missing; give a text, or a file of them with --prompts and --output.")
-    network, tokenizer = load(model, dtype) if memory is None else load_within(model, dtype, memory)
+    if draft and memory is not None:
+        from .drafts import load_beside
+
+        network, tokenizer, sampling["assistant_model"] = load_beside(model, dtype, memory, draft)
+    else:
+        network, tokenizer = load(model, dtype) if memory is None else load_within(model, dtype, memory)
     inputs = encode_prompt(tokenizer, prompt, chat)
     check_tokens(network, inputs["input_ids"])
     if bits is not None:
         from .cache import IntegerCache
 
         sampling["past_key_values"] = IntegerCache(network.config, bits)
-    if draft:
+    if draft and memory is None:
         from .drafts import chosen_draft
 
         sampling["assistant_model"] = chosen_draft(network, tokenizer, draft, inputs)

@@ -49,9 +49,32 @@ def load_draft(network: Any, tokenizer: Any, draft: str) -> Any:
     from .command import load
 
     model, own = load(draft)
-    if model.config.vocab_size != network.config.vocab_size or own.get_vocab() != tokenizer.get_vocab():
-        raise ValueError(f"draft={draft}: has another vocabulary than the model; take a compressed copy of the model.")
+    check_vocabulary(network, tokenizer, model, own, draft)
     return model
+
+
+def check_vocabulary(network: Any, tokenizer: Any, draft: Any, own: Any, name: str) -> None:
+    """Raises `ValueError` where a draft, with its own tokenizer, has other tokens than the model."""
+    if draft.config.vocab_size != network.config.vocab_size or own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"draft={name}: has another vocabulary than the model; take a compressed copy of the model.")
+
+
+def load_beside(model: str, dtype: str, memory: str, drafts: Sequence[str]) -> tuple[Any, Any, Any]:
+    """A model within what memory a draft leaves, its tokenizer, and the draft.
+
+    Raises:
+        ValueError: as `load_draft` and `load_within`, or several drafts.
+    """
+    from .command import load, load_within
+
+    if len(drafts) > 1:
+        raise ValueError(f"draft: with memory there is one, not {len(drafts)}; name the one.")
+    loaded, own = load(drafts[0])
+    draft: Any = loaded
+    draft.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1, **GREEDY)  # lays out its weights
+    network, tokenizer = load_within(model, dtype, memory)
+    check_vocabulary(network, tokenizer, draft, own, drafts[0])
+    return network, tokenizer, draft
 
 
 def chosen_draft(network: Any, tokenizer: Any, drafts: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> Any:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llmkernel import cli
-from hf_llmkernel.generate import drafts, speculative
+from hf_llmkernel.generate import drafts, paging, speculative
 from hf_llmkernel.generate.chat import chat
 from hf_llmkernel.generate.command import generate
 from hf_llmkernel.generate.drafts import best_draft, load_draft, measure_draft
@@ -97,6 +97,18 @@ def test_the_command_writes_the_same_text_and_says_why(folders, seconds, capsys,
     assert "no draft pays, not even" in captured.err
 
 
+def test_a_model_that_is_read_at_every_step_is_read_less_often(folders, monkeypatch, capsys):
+    monkeypatch.setattr(paging, "pinned_blocks", lambda *sizes: 0)
+    monkeypatch.setattr(speculative.Pace, "wanted", lambda self, look: 4)
+    read, enter = [], paging.Pages._enter
+    monkeypatch.setattr(paging.Pages, "_enter", lambda self, index, *_: read.append(index) or enter(self, index))
+    options = {"max_new_tokens": 30, "chat": False, "memory": "64GB"}
+    expected = generate(folders["model"], "w1 w2 w3", **options)["text"]
+    alone = len(read)
+    assert generate(folders["model"], "w1 w2 w3", draft=[folders["near"]], **options)["text"] == expected
+    assert 2 * len(read) < 3 * alone == 3 * 2 * 30
+
+
 def test_a_conversation_keeps_what_the_draft_has_read(folders, monkeypatch, capsys):
     lines = ["w1 w2", "w3", "w4 w5 w6"]
     monkeypatch.setattr(speculative.Pace, "wanted", lambda self, look: 3)
@@ -120,10 +132,11 @@ def test_what_a_draft_does_not_go_with(folders, tmp_path, loaded):
     for name, options in (
         ("temperature", {"temperature": 0.5}),
         ("cache", {"cache": "int8"}),
-        ("memory", {"memory": "1GB"}),
     ):
         with pytest.raises(ValueError, match=f"draft: goes without {name}; leave one of the two out"):
             generate(folders["model"], "w1", **given, **options)
+    with pytest.raises(ValueError, match="draft: with memory there is one, not 2; name the one"):
+        generate(folders["model"], "w1", draft=[folders["near"]] * 2, memory="1GB", chat=False)
     with pytest.raises(ValueError, match="no such folder"):
         generate(folders["model"], "w1", draft=[str(tmp_path / "absent")], chat=False)
     other = AutoTokenizer.from_pretrained(folders["near"])
