@@ -209,7 +209,7 @@ def test_criteria_and_processors_see_every_token_once(counts):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("fields", [{}, WINDOWS], ids=["full", "windows"])
+@pytest.mark.parametrize("fields", [{}, WINDOWS, {**WINDOWS, "sliding_window": 20}], ids=["full", "windows", "filling"])
 def test_the_cache_is_that_of_greedy_decoding_and_goes_on(fields, runtime, counts):
     model, ids = random_model(**fields), prompt(4)
     options = {"return_dict_in_generate": True, "pad_token_id": 0}
