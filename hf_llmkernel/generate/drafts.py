@@ -16,8 +16,9 @@ import torch
 from transformers import DynamicCache
 
 from ..kernels import library
+from ..kernels.step import crop
 from .sampling import GREEDY
-from .speculative import MOST_DRAFTED, best_count, take_back
+from .speculative import MOST_DRAFTED, best_count
 
 ROUNDS = 9
 WRITTEN = 64  # tokens that are measured on
@@ -140,5 +141,5 @@ def _read(model: Any, sequence: torch.Tensor) -> DynamicCache:
 def _seconds(model: Any, cache: DynamicCache, tokens: torch.Tensor) -> float:
     started = time.perf_counter()
     model(input_ids=tokens.to(model.device), past_key_values=cache, use_cache=True).logits.argmax(-1).tolist()
-    take_back(model, cache, tokens.shape[1])
+    crop(model, cache, tokens.shape[1])
     return time.perf_counter() - started

@@ -26,10 +26,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from transformers import DynamicCache, EosTokenCriteria, MaxLengthCriteria
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..kernels import step
+from ..kernels.step import crop
 
 MOST_DRAFTED = 7  # with the token before them what a native step takes to the bit as tokens one by one
 FIRST_DRAFTED = 3
@@ -95,7 +95,7 @@ def _decode(model: Any, cache: Cache, written: "Written", draft: "Draft", pace: 
         before = written.length
         accepted = written.take(logits, drafted)
         added = written.length - before
-        take_back(model, cache, 1 + len(drafted) - added)
+        crop(model, cache, 1 + len(drafted) - added)
         draft.keep(written.length - 1)
         pace.measure(confidences, added, accepted, proposed - started, time.perf_counter() - proposed)
 
@@ -118,15 +118,6 @@ def _serves(input_ids: torch.Tensor, config: Any, options: dict[str, Any]) -> bo
         return False
     positions = options.get("position_ids")
     return positions is None or positions[0].tolist() == list(range(length))[-positions.shape[1] :]
-
-
-def take_back(model: Any, cache: Cache, tokens: int) -> None:
-    """Removes the last tokens from the cache of a generation that goes on, and what windows have kept for this."""
-    lengths = [layer.get_seq_length() if isinstance(layer, DynamicSlidingWindowLayer) else 0 for layer in cache.layers]
-    step.crop(model, cache, tokens)
-    for layer, length in zip(cache.layers, lengths, strict=True):
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            layer.cumulative_length = length - tokens  # transformers forgets it before the window is full
 
 
 # ---- what is written ----
@@ -226,7 +217,7 @@ class Draft:
     def keep(self, tokens: int) -> None:
         """Takes back what was read beyond the first tokens of the sequence: drafted ones that were not accepted."""
         if self.read() > tokens:
-            take_back(self.model, self.cache, self.read() - tokens)
+            crop(self.model, self.cache, self.read() - tokens)
             del self.tokens[tokens:]
 
     def catch_up(self, written: Written) -> tuple[int, int]:

@@ -135,25 +135,22 @@ int64_t values_bytes(const llmk_matrix& w, int64_t count) {
     return w.kind == LLMK_SPARSE_INT4 ? ceil_div(count, 2) : count * static_cast<int64_t>(sizeof(Value));
 }
 
-// Segments of masks and values; returns their bytes.
+// Segments of masks and values.
 template <class Value>
-int64_t write_sparse(const llmk_matrix& w, const BlockRows<Value>& rows, uint8_t* out) {
+void write_sparse(const llmk_matrix& w, const BlockRows<Value>& rows, uint8_t* out) {
     using Some = MaskedValues<Value>;
-    int64_t bytes = 0;
     for (int64_t segment = 0; segment < rows.padded; segment += kSegment) {
-        uint8_t* masks = out + bytes;
-        bytes += kLine;
+        uint8_t* masks = out;
+        out += kLine;
         for (int64_t column = segment; column < segment + kSegment; column += Some::kColumns, masks += Some::kBits / 8) {
             const Some some(rows, column);
             std::memcpy(masks, &some.mask, Some::kBits / 8);
-            uint8_t* to = out + bytes;
-            if (w.kind != LLMK_SPARSE_INT4) std::memcpy(to, some.values, static_cast<size_t>(some.count) * sizeof(Value));
+            if (w.kind != LLMK_SPARSE_INT4) std::memcpy(out, some.values, static_cast<size_t>(some.count) * sizeof(Value));
             else
-                for (int64_t i = 0; i < some.count; ++i) to[i / 2] = static_cast<uint8_t>(to[i / 2] | (some.values[i] << (4 * (i % 2))));
-            bytes += values_bytes<Value>(w, some.count);
+                for (int64_t i = 0; i < some.count; ++i) out[i / 2] = static_cast<uint8_t>(out[i / 2] | (some.values[i] << (4 * (i % 2))));
+            out += values_bytes<Value>(w, some.count);
         }
     }
-    return bytes;
 }
 
 // Bytes of every record's masks and values.
