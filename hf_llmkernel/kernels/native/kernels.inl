@@ -419,6 +419,14 @@ inline void score_tokens<Bf16States>(const Attention& a, int64_t first, int64_t 
 }
 #endif
 
+// The states of a tile's tokens, asked for while the tile before it is worked on.
+template <class States>
+inline void fetch_tokens(const Attention& a, const uint8_t* states, int64_t first, int64_t count) {
+    const int64_t bytes = a.head_dim * States::kBytes;
+    for (int64_t t = first; t < first + count; ++t)
+        for (int64_t at = 0; at < bytes; at += kLine) prefetch(states + t * a.token_stride * States::kBytes + at);
+}
+
 // output[h] += Σ weights[h][t] value[t] in V times 16 channels from d (of the last, `width`), for H heads at once so that
 // a value is read once for all.
 template <class States, int H, int V>
@@ -429,6 +437,7 @@ inline void add_channels(const Attention& a, int64_t first, int64_t count, int64
         for (int v = 0; v < V; ++v) sums[h][v] = f_load_some(a.output + (head + h) * a.head_dim + d + 16 * v, width);
     for (int64_t t = 0; t < count; ++t) {
         const int64_t at = (first + t) * a.token_stride + d;
+        if (d == 0 && first + t + kTokens < a.tokens) fetch_tokens<States>(a, a.values, first + t + kTokens, 1);
         for (int v = 0; v < V; ++v) {
             const Floats value = States::load(a.values, at + 16 * v, width);
             for (int h = 0; h < H; ++h) sums[h][v] = f_fma(f_set(weights[h][t]), value, sums[h][v]);
@@ -447,11 +456,12 @@ inline void add_values(const Attention& a, int64_t first, int64_t count, int64_t
 
 // Scores to weights exp(score - largest), the largest so far; what was summed before is scaled to it.
 inline void weigh(const Attention& a, int64_t first, int64_t count, int64_t head, float* scores) {
-    float tile_largest = -INFINITY;
-    for (int64_t t = 0; t < count; ++t) {
-        if (a.mask != nullptr && a.mask[first + t] == 0) scores[t] = -INFINITY;
-        tile_largest = scores[t] > tile_largest ? scores[t] : tile_largest;
-    }
+    for (int64_t t = 0; a.mask != nullptr && t < count; ++t)
+        if (a.mask[first + t] == 0) scores[t] = -INFINITY;
+    for (int64_t t = count; t % 16 != 0; ++t) scores[t] = scores[count - 1];
+    Floats most = f_load(scores);
+    for (int64_t t = 16; t < count; t += 16) most = f_max(most, f_load(scores + t));
+    const float tile_largest = f_largest(most);
     const float before = a.largest[head], largest = tile_largest > before ? tile_largest : before;
     if (largest == -INFINITY) {
         for (int64_t t = 0; t < count; ++t) scores[t] = 0;
@@ -475,23 +485,16 @@ inline void weigh(const Attention& a, int64_t first, int64_t count, int64_t head
     for (int64_t d = 0; scale != 1.0f && d < a.head_dim; ++d) output[d] *= scale;
 }
 
-// The states of a tile's tokens, asked for while the tile before it is worked on.
-template <class States>
-inline void fetch_tokens(const Attention& a, const uint8_t* states, int64_t first, int64_t count) {
-    const int64_t bytes = a.head_dim * States::kBytes;
-    for (int64_t t = first; t < first + count; ++t)
-        for (int64_t at = 0; at < bytes; at += kLine) prefetch(states + t * a.token_stride * States::kBytes + at);
-}
-
 template <class States, int H>
 inline void attend_heads(const Attention& a, int64_t head) {
     float scores[H][kTokens];
     for (int64_t first = 0; first < a.tokens; first += kTokens) {
         const int64_t count = smaller(kTokens, a.tokens - first);
         const int64_t next = first + kTokens, more = smaller(kTokens, a.tokens - next);
-        fetch_tokens<States>(a, a.keys, next, more);
-        fetch_tokens<States>(a, a.values, next, more);
-        for (int64_t t = 0; t < count; t += 16) score_tokens<States>(a, first + t, smaller(16, count - t), H, head, scores, t);
+        for (int64_t t = 0; t < count; t += 16) {
+            fetch_tokens<States>(a, a.keys, next + t, smaller(16, more - t));
+            score_tokens<States>(a, first + t, smaller(16, count - t), H, head, scores, t);
+        }
         for (int h = 0; h < H; ++h) weigh(a, first, count, head + h, scores[h]);
         add_values<States, H>(a, first, count, head, scores);
     }
