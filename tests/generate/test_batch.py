@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
+from hf_llmkernel.generate import batch as batch_module
 from hf_llmkernel.generate.batch import Batch, Request, fits_batches
 from hf_llmkernel.kernels import library
 from hf_llmkernel.kernels.cache import RoomyLayer
@@ -50,6 +51,25 @@ def uneven():
         num_key_value_heads=2,
         initializer_range=0.3,
         per_layer_config={0: {"skip": ["attention"]}},
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LLMKernelForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sliding():
+    """A layer that forgets: one request at a time."""
+    torch.manual_seed(3)
+    config = LLMKernelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        layer_types=["sliding_attention"],
+        sliding_window=4,
+        initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -146,8 +166,41 @@ def test_a_fault_ends_those_it_concerns(model, monkeypatch):
     assert isinstance(failing.error, ZeroDivisionError) and batch.cache is None
 
 
-def test_native_steps_serve_a_batch(monkeypatch):
-    """Of packed linears too, and with the tokens that native steps give a request alone."""
+@pytest.mark.parametrize("name", ["model", "uneven", "sliding"])
+def test_who_runs_gets_a_token_between_pieces_of_a_prompt(name, request, monkeypatch):
+    network = request.getfixturevalue(name)
+    monkeypatch.setattr(batch_module, "PIECE", 8)
+    batch, first, second = Batch(network, 4), Collected(), Collected()
+    config = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=64)
+    batch.waiting.append(Request(network, PROMPTS[0], config, first))
+    batch.step()
+    batch.waiting.append(Request(network, PROMPTS[2], config, second))  # 20 tokens: 7, 7 and 6
+    got = []
+    while not first.finished:
+        batch.step()
+        got.append((len(first.tokens), len(second.tokens)))
+    expected = [(3, 0), (4, 0), (5, 2), (6, 3)] if name != "sliding" else [(3, 0), (4, 0), (5, 0), (6, 0)]
+    assert got[:4] == expected
+    run(batch)
+    for ids, sink in ((PROMPTS[0], first), (PROMPTS[2], second)):
+        assert sink.tokens == generated(network, ids, do_sample=False, max_new_tokens=12, eos_token_id=64)
+    assert second.finished and batch.reading is None
+
+
+def test_a_prompt_nobody_waits_for_is_not_read_on(model, monkeypatch):
+    monkeypatch.setattr(batch_module, "PIECE", 8)
+    batch, sink = Batch(model, 4), Collected()
+    batch.waiting.append(Request(model, PROMPTS[2], GenerationConfig(max_new_tokens=9), sink))
+    batch.step()
+    assert batch.reading is not None and batch.reading.seen == 7 and batch.is_busy()
+    sink.most = 0
+    batch.step()
+    assert sink.finished and not sink.tokens and not batch.is_busy()
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A model of packed linears, run by native steps."""
     if library.NATIVE is None:
         pytest.skip("the native library is not built: there is no compiler")
     monkeypatch.setenv("LLMKERNEL_KERNELS", "on")
@@ -164,7 +217,28 @@ def test_native_steps_serve_a_batch(monkeypatch):
         bos_token_id=None,
         eos_token_id=None,
     )
-    network = LLMKernelForCausalLM(config).eval()
+    return LLMKernelForCausalLM(config).eval()
+
+
+def test_pieces_are_read_as_the_whole_is(native):
+    """To the bit: the last of three pieces has the logits of one forward over all of the prompt."""
+    ids = [4 + index % 50 for index in range(2 * batch_module.PIECE + 3)]
+    batch, logits = Batch(native, 4), []
+    request = Request(native, ids, GenerationConfig(do_sample=False, max_new_tokens=1), Collected())
+    request.choose = lambda row: logits.append(row)  # type: ignore[method-assign]
+    batch.waiting.append(request)
+    for seen in (87, 173, 259):
+        assert not logits
+        batch.step()
+        assert batch.reading is None or batch.reading.seen == seen
+    with torch.no_grad():
+        whole = native(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(logits[0], whole, rtol=0, atol=0)
+
+
+def test_native_steps_serve_a_batch(native):
+    """Of packed linears too, and with the tokens that native steps give a request alone."""
+    network = native
     batch, sinks = Batch(network, 4), [Collected() for _ in PROMPTS]
     for ids, sink in zip(PROMPTS, sinks, strict=True):
         batch.waiting.append(Request(network, ids, GenerationConfig(do_sample=False, max_new_tokens=8), sink))
@@ -177,16 +251,6 @@ def test_native_steps_serve_a_batch(monkeypatch):
     ]
 
 
-def test_layers_that_forget_run_one_request_at_a_time(uneven):
-    config = LLMKernelConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        layer_types=["sliding_attention"],
-        sliding_window=4,
-    )
-    network = LLMKernelForCausalLM(config).eval()
-    assert fits_batches(uneven) and not fits_batches(network)
-    assert Batch(network, 8).most == 1
+def test_layers_that_forget_run_one_request_at_a_time(uneven, sliding):
+    assert fits_batches(uneven) and not fits_batches(sliding)
+    assert Batch(sliding, 8).most == 1
