@@ -61,9 +61,16 @@ def build_app(engine: Engine, most_tokens: int, most_requests: int) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [described(served) for served in engine.served.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return described(engine.served[models.named(name)])
+
+    def described(served: Served) -> dict[str, Any]:
+        parent = None if served.base is None else served.base.name
         created = int(gate.started)
-        data = [{"id": name, "object": "model", "created": created, "owned_by": "llmkernel"} for name in engine.served]
-        return {"object": "list", "data": data}
+        return {"id": served.name, "object": "model", "created": created, "owned_by": "llmkernel", "parent": parent}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -190,12 +197,12 @@ class Models(ModelManager):
         self.force_model = None
 
     def named(self, name: str | None) -> str:
-        """The name of a served model; without one, of the only one."""
-        names = list(self.engine.served)
-        if name is None and len(names) == 1:
-            return names[0]
+        """The name of a served model; without one, of the only one that is no adapter."""
+        models = [served.name for served in self.engine.served.values() if served.base is None]
+        if name is None and len(models) == 1:
+            return models[0]
         if name not in self.engine.served:
-            raise HTTPException(404, f"model={name!r}: is not served; there are {', '.join(names)}")
+            raise HTTPException(404, f"model={name!r}: is not served; there are {', '.join(self.engine.served)}")
         return name
 
 

@@ -35,22 +35,32 @@ class Served:
         ValueError: no checkpoint, or a damaged one.
     """
 
+    base: "Served | None" = None  # of an adapter, which is loaded only while its base is
+    network: Any = None
+    tokenizer: Any = None
+    batch: Batch | None = None
+    users = 0  # of requests that were let in; changed under the engine's lock
+    last_used = 0.0
+
     def __init__(self, name: str, model: str):
         self.name = name
+        self.source = model
         self.folder: Path = model_folder(model)
         check_weights(self.folder)
         self.bytes = inspect(self.folder).bytes_on_disk or 0
-        self.network: Any = None
-        self.tokenizer: Any = None
-        self.batch: Batch | None = None
-        self.users = 0  # of requests that were let in; changed under the engine's lock
-        self.last_used = 0.0
+
+    def is_of(self, model: str | None) -> bool:
+        """Whether this is the model of a folder or Hub id."""
+        return bool(model) and (self.source == model or self.folder.resolve() == Path(model).expanduser().resolve())
+
+    def needed(self) -> "list[Served]":
+        """What has to be loaded for it to run, in this order."""
+        return [self] if self.base is None else [self.base, self]
 
     def load(self, dtype: str, most: int) -> None:
         """Loads the model, has it make two tokens, so that all is laid out, and notes the memory that this took."""
-        import_classes(self.folder)
         before = resident_bytes()
-        self.network, self.tokenizer = load(str(self.folder), dtype)
+        self.network, self.tokenizer = self._read(dtype)
         if not hasattr(self.tokenizer, "_tokenizer"):
             raise ValueError(f"{self.name}: its tokenizer is no fast one; save it as tokenizer.json.")
         self.batch = Batch(self.network, most)
@@ -59,8 +69,15 @@ class Served:
         self.batch.waiting.append(Request(self.network, [0], config, Nowhere()))
         while self.batch.is_busy():
             self.batch.step()
-        tensors = {tensor.data_ptr(): tensor.nbytes for tensor in self.network.state_dict().values()}
+        tensors = stored_tensors(self.network)
+        if self.base is not None:
+            tensors = {place: size for place, size in tensors.items() if place not in stored_tensors(self.base.network)}
         self.bytes = max(resident_bytes() - before, sum(tensors.values()))
+
+    def _read(self, dtype: str) -> tuple[Any, Any]:
+        """Network and tokenizer."""
+        import_classes(self.folder)
+        return load(str(self.folder), dtype)
 
     def is_busy(self) -> bool:
         return self.batch is not None and self.batch.is_busy()
@@ -68,6 +85,11 @@ class Served:
     def unload(self) -> None:
         self.network = self.tokenizer = self.batch = None
         gc.collect()
+
+
+def stored_tensors(network: Any) -> dict[int, int]:
+    """Bytes of a model's tensors, by where they are."""
+    return {tensor.data_ptr(): tensor.nbytes for tensor in network.state_dict().values()}
 
 
 def import_classes(folder: Path) -> None:
@@ -95,7 +117,7 @@ class Engine:
     """Serves models from a thread of its own.
 
     Args:
-        served: the models, by name.
+        served: the models, and adapters after them, each of a name of its own.
         dtype: to compute in.
         most: requests that a model runs together.
         budget: bytes that loaded models may take, their laid out weights included and caches not; `None` is no limit.
@@ -106,9 +128,9 @@ class Engine:
 
     def __init__(self, served: Sequence[Served], dtype: str = "auto", most: int = 8, budget: int | None = None):
         for model in served:
-            if budget is not None and model.bytes > budget:
+            if budget is not None and (alone := _bytes(model.needed())) > budget:
                 raise ValueError(
-                    f"memory={size(budget)}: {model.name} alone takes {size(model.bytes)}; raise it, or compress it."
+                    f"memory={size(budget)}: {model.name} alone takes {size(alone)}; raise it, or compress it."
                 )
         self.served = {model.name: model for model in served}
         self.dtype = dtype
@@ -146,12 +168,13 @@ class Engine:
         self._orders.put(queue)
 
     def loaded(self) -> list[str]:
-        return [model.name for model in self.served.values() if model.network is not None]
+        return [model.name for model in self._loaded()]
 
     def counts(self) -> tuple[int, int]:
-        """Requests that run, and that wait."""
+        """Requests that run or are read, and that wait."""
         batches = [model.batch for model in self.served.values() if model.batch is not None]
-        return sum(len(batch.running) for batch in batches), sum(len(batch.waiting) for batch in batches)
+        running = sum(len(batch.running) + (batch.reading is not None) for batch in batches)
+        return running, sum(len(batch.waiting) for batch in batches)
 
     def stop(self) -> None:
         """Ends the thread after the token it is at."""
@@ -186,51 +209,61 @@ class Engine:
         """Loads what was asked for, in that order; one that has no room yet holds those up that come after it."""
         while self._asked:
             served, future = self._asked[0]
-            if served.network is None and not self._has_room(served):
+            if not self._has_room(served):
                 return
             self._asked.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if served.network is None:
-                    self._load(served)
+                for model in served.needed():
+                    if model.network is None:
+                        self._load(model)
             except Exception as error:
-                served.unload()
                 future.set_exception(error)
                 continue
             with self._lock:
                 served.users += 1
-            served.last_used = time.monotonic()
+            for model in served.needed():
+                model.last_used = time.monotonic()
             future.set_result(served)
 
     def _has_room(self, served: Served) -> bool:
         """Whether a model fits, after those that were idle for longest have gone."""
-        while self.budget is not None and self._taken() + served.bytes > self.budget:
-            if not self._evict_one(served):
+        needed = served.needed()
+        missing = [model for model in needed if model.network is None]
+        while missing and self.budget is not None and _bytes(self._loaded()) + _bytes(missing) > self.budget:
+            if not self._evict_one(needed):
                 # More than was known of it when it was let in: it may try alone, and say so.
-                return not self.loaded()
+                return all(model in needed for model in self._loaded())
         return True
 
     def _load(self, served: Served) -> None:
         started = time.monotonic()
-        served.load(self.dtype, self.most)
+        try:
+            served.load(self.dtype, self.most)
+        except Exception:
+            served.unload()
+            raise
         _say(f"{served.name}: loaded in {time.monotonic() - started:.1f} s, takes {size(served.bytes)}")
-        while self.budget is not None and self._taken() > self.budget:
-            if not self._evict_one(served):
+        needed = served.needed()
+        while self.budget is not None and _bytes(self._loaded()) > self.budget:
+            if not self._evict_one(needed):
                 break
-        if self.budget is not None and served.bytes > self.budget:
-            raise MemoryError(f"{served.name} takes {size(served.bytes)}, the budget is {size(self.budget)}")
+        if self.budget is not None and (alone := _bytes(needed)) > self.budget:
+            served.unload()
+            raise MemoryError(f"{served.name} takes {size(alone)}, the budget is {size(self.budget)}")
 
-    def _taken(self) -> int:
-        return sum(model.bytes for model in self.served.values() if model.network is not None)
+    def _loaded(self) -> list[Served]:
+        return [model for model in self.served.values() if model.network is not None]
 
-    def _evict_one(self, kept: Served) -> bool:
+    def _evict_one(self, kept: list[Served]) -> bool:
         """Lets the loaded model go that is unused and was used least recently; whether there was one."""
+        bases = [model.base for model in self._loaded()]
         with self._lock:
             idle = [
                 model
-                for model in self.served.values()
-                if model is not kept and model.network is not None and not (model.users or model.is_busy())
+                for model in self._loaded()
+                if model not in kept and model not in bases and not (model.users or model.is_busy())
             ]
         if not idle:
             return False
@@ -238,6 +271,10 @@ class Engine:
         oldest.unload()
         _say(f"{oldest.name}: let go, {size(oldest.bytes)} free")
         return True
+
+
+def _bytes(models: Sequence[Served]) -> int:
+    return sum(model.bytes for model in models)
 
 
 def _say(text: str) -> None:

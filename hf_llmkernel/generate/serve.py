@@ -18,6 +18,10 @@ def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or Hub ids of causal models.")],
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0 takes a free one.")] = 8000,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="A peft LoRA adapter, served as NAME; NAME=MODEL:FOLDER: on MODEL."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, max=16, help="Requests that a model runs together.")] = 8,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more is answered with 429.")] = 32,
     max_tokens: Annotated[int, typer.Option(min=1, help="The most new tokens of a request, and the default.")] = 1024,
@@ -31,11 +35,13 @@ def serve(
 
     A model is named by the last part of its path, loaded when first asked for (the others pause meanwhile), and runs
     several requests at a time: they join and leave between two tokens. Layers that forget tokens (sliding windows) run
-    one request at a time. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0. Keys and values
-    of running requests come on top of --memory.
+    one request at a time. An adapter shares the weights of the model that it names as its base, or of MODEL, and runs
+    its requests apart from the base's. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0.
+    Keys and values of running requests come on top of --memory.
 
     Raises:
-        ValueError: no such checkpoint, a model above the budget, a port in use, a missing extra.
+        ValueError: no such checkpoint or adapter, two of the same name, an adapter of another model, a model above the
+            budget, a port in use, a missing extra.
     """
     from ..convert.command import parse_size
     from ..evaluate.source import model_titles
@@ -45,11 +51,15 @@ def serve(
     _need_extra()
     budget = None if memory is None else parse_size(memory, "memory")
 
+    from .adapters import named_adapters
     from .endpoints import build_app
     from .engine import Engine, Served
 
-    served = [Served(name, model) for name, model in zip(model_titles(models), models, strict=True)]
-    engine = Engine(served, dtype, batch, budget)
+    names = model_titles(models)
+    if alike := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"MODEL={alike[0]}: is the name of two models; rename a folder, or link to it under another.")
+    served = [Served(name, model) for name, model in zip(names, models, strict=True)]
+    engine = Engine([*served, *named_adapters(adapter or [], served)], dtype, batch, budget)
     if len(served) == 1:
         engine.release(engine.use(served[0].name).result())
     with _listen(host, port) as listening:
