@@ -1,7 +1,8 @@
 """A cache of keys and values as integers: `model.generate(..., past_key_values=IntegerCache(model.config, bits=8))`.
 
 Every head of every token has scales of its own, so that what is stored is never rounded again when tokens follow. The
-tokens of a call are seen exactly by the call itself, and rounded by all that come after it.
+tokens of a call are seen exactly by the call itself, and rounded by all that come after it; in native kernels by what
+comes after a run of some hundred tokens of a prompt, and a single token sees itself rounded.
 
 Reading order: states to integers and back -> one layer, that grows or slides -> the cache.
 
@@ -14,6 +15,7 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..kernels.cache import CACHES, Room, Rooms
 from ..model.linear_llm_kernel import pack_nibbles, unpack_nibbles
 
 LEVELS = {8: 255, 4: 15}
@@ -47,18 +49,22 @@ def restore_states(codes: torch.Tensor, scales: torch.Tensor, low: torch.Tensor,
     return groups.mul_(scales.unsqueeze(-1)).add_(low.unsqueeze(-1)).flatten(-2)
 
 
-class IntegerLayer(DynamicLayer):
-    """A layer's cache. `stored` has codes, scales and lowest values of keys, then of values, tokens along dim -2."""
+class IntegerLayer(Rooms, DynamicLayer):
+    """A layer's cache. Rooms hold a record of bytes for every head of a token: codes, scales, lowest values.
+
+    See `llmk_cache` in kernels/native/llmkernel.h.
+    """
 
     def __init__(self, bits: int, group_size: int):
         super().__init__()
         self.bits = bits
         self.group_size = group_size
-        self.stored: list[torch.Tensor] = []
+        self.head_dim = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.stored = self._round(key_states[..., :0, :], value_states[..., :0, :])
+        self.dtype, self.device, self.head_dim = key_states.dtype, key_states.device, key_states.shape[-1]
+        shape = (*key_states.shape[:2], 0, sum(self._record_bytes()))
+        self.hold(*(torch.empty(shape, dtype=torch.uint8, device=self.device) for _ in self.rooms))
         self.is_initialized = True
 
     def update(
@@ -67,56 +73,70 @@ class IntegerLayer(DynamicLayer):
         """Adds new keys and values `[B, N, T, D]`; returns all of them, the new ones exact."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past_keys, past_values = self._restored()
-        new = self._round(key_states, value_states)
-        self.stored = [torch.cat(pair, dim=-2) for pair in zip(self.stored, new, strict=True)]
-        return torch.cat((past_keys, key_states), dim=-2), torch.cat((past_values, value_states), dim=-2)
+        seen = [
+            torch.cat((self._restored(room), states), dim=-2)
+            for room, states in zip(self.rooms, (key_states, value_states), strict=True)
+        ]
+        self.addresses = None
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room.append(self._records(states))
+        return seen[0], seen[1]
 
     def get_seq_length(self) -> int:
-        return self.stored[0].shape[-2] if self.stored else 0
+        return self.key_room.length
 
     def nbytes(self) -> int:
-        """Bytes of what is stored."""
-        return sum(tensor.nbytes for tensor in self.stored)
+        """Bytes of what is stored, room for more left out."""
+        return sum(states.nbytes for room in self.rooms if (states := room.states()) is not None)
 
     def reset(self) -> None:
-        self.stored = []
+        self.hold(None, None)
         super().reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): takes the number of tokens to remove, as a negative integer.")
-        if tokens_to_remove:
-            self._change(lambda tensor: tensor[..., :tokens_to_remove, :])
+        for room in self.rooms:
+            room.keep_first(room.length + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._change(lambda records: records.index_select(0, beam_idx.to(records.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._change(lambda records: records.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change(lambda tensor: tensor[indices, ...])
+        self._change(lambda records: records[indices, ...])
 
     def offload(self) -> None:
-        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+        self._change(lambda records: records.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+        self._change(lambda records: records.to(self.device, non_blocking=True))
 
     def _change(self, change: Any) -> None:
-        self.stored = [change(tensor) for tensor in self.stored]
+        if self.is_initialized:
+            keys, values = (change(room.states()) for room in self.rooms)
+            self.hold(keys, values)
 
-    def _round(self, keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            *round_states(keys, self.bits, self.group_size),
-            *round_states(values, self.bits, self.group_size),
-        ]
+    def _record_bytes(self) -> list[int]:
+        """Of codes, scales and lowest values."""
+        groups = self.head_dim // self.group_size * self.dtype.itemsize
+        return [self.head_dim * self.bits // 8, groups, groups]
 
-    def _restored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        key_codes, key_scales, key_low, value_codes, value_scales, value_low = self.stored
-        keys = restore_states(key_codes, key_scales, key_low, self.bits)
-        return keys, restore_states(value_codes, value_scales, value_low, self.bits)
+    def _records(self, states: torch.Tensor) -> torch.Tensor:
+        """uint8 `[B, N, T, bytes]`."""
+        parts = round_states(states, self.bits, self.group_size)
+        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
+
+    def _restored(self, room: Room) -> torch.Tensor:
+        """`[B, N, S, D]`."""
+        records = room.states()
+        assert records is not None
+        codes, *others = records.split(self._record_bytes(), dim=-1)
+        # Copies: where they begin in a record is seldom a place for a float.
+        scales, low = (part.clone(memory_format=torch.contiguous_format).view(self.dtype) for part in others)
+        return restore_states(codes, scales, low, self.bits)
 
 
 class SlidingIntegerLayer(IntegerLayer):
@@ -139,11 +159,13 @@ class SlidingIntegerLayer(IntegerLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().update(key_states, value_states)
-        self.cumulative_length += key_states.shape[-2]
-        if not self.record_past:
-            self._forget()
+        self._count(key_states.shape[-2])
         visible = self.sliding_window - 1 + key_states.shape[-2]
         return keys[..., -visible:, :], values[..., -visible:, :]
+
+    def extend(self, tokens: int) -> None:
+        super().extend(tokens)
+        self._count(tokens)
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
@@ -158,9 +180,14 @@ class SlidingIntegerLayer(IntegerLayer):
         self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
         self._forget()
 
+    def _count(self, tokens: int) -> None:
+        self.cumulative_length += tokens
+        if not self.record_past:
+            self._forget()
+
     def _forget(self) -> None:
-        kept = max(self.sliding_window - 1, 0)
-        self._change(lambda tensor: tensor[..., max(tensor.shape[-2] - kept, 0) :, :])
+        for room in self.rooms:
+            room.keep_last(max(self.sliding_window - 1, 0))
 
 
 class IntegerCache(Cache):
@@ -193,6 +220,9 @@ class IntegerCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all that is stored."""
         return sum(layer.nbytes() for layer in self.layers if isinstance(layer, IntegerLayer))
+
+
+CACHES.add(IntegerCache)
 
 
 def _integer_layer(layer: Any, bits: int, group_size: int) -> CacheLayerMixin:

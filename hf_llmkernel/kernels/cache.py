@@ -9,15 +9,23 @@ Shapes: B batch, N key/value heads, S cached tokens, C tokens there is room for,
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from .library import TYPES
 
 LEAST_ROOM = 128
+CACHES: set[type] = {DynamicCache, StaticCache, Cache}  # whose layers alone say what a native call may write
 
 
-class _Room:
-    """Keys and values as the first, or the last, of what a larger tensor has room for."""
+class Room:
+    """Keys or values as the first, or the last, of what a larger tensor has room for."""
 
     def __init__(self) -> None:
         self.tensor: torch.Tensor | None = None  # [B, N, C, D]
@@ -45,19 +53,93 @@ class _Room:
         larger[:, :, : self.length] = self.tensor[:, :, self.begin : self.begin + self.length]
         self.tensor, self.begin = larger, 0
 
-    def reorder(self, rows: torch.Tensor) -> None:
-        if self.length:
-            assert self.tensor is not None
-            self.tensor = self.tensor.index_select(0, rows.to(self.tensor.device))
+    def append(self, states: torch.Tensor) -> None:
+        """Adds `[B, N, T, D]` behind the others."""
+        self.make(states.shape[2])
+        assert self.tensor is not None
+        end = self.begin + self.length
+        self.tensor[:, :, end : end + states.shape[2]] = states
+        self.length += states.shape[2]
+
+    def keep_first(self, tokens: int) -> None:
+        self.length = max(tokens, 0)
+
+    def keep_last(self, tokens: int) -> None:
+        gone = max(self.length - tokens, 0)
+        self.begin += gone
+        self.length -= gone
 
 
-class _RoomyStates:
-    """`keys` and `values` of a layer as properties over two rooms."""
+class Rooms:
+    """The rooms of a layer's keys and values, which a native call writes into.
+
+    Attributes:
+        bits: 0 where states are floating; else what the rooms hold are records of integers, `[B, N, C, bytes]`.
+        group_size: of integers, channels that share a scale.
+    """
+
+    bits = 0
+    group_size = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.key_room, self.value_room = _Room(), _Room()
+        self.key_room, self.value_room = Room(), Room()
         self.addresses: tuple[int, ...] | None = None  # of the rooms' tensors and their strides, while they are these
         super().__init__(*args, **kwargs)
+
+    @property
+    def rooms(self) -> tuple[Room, Room]:
+        return self.key_room, self.value_room
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "addresses": None}
+
+    def hold(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Takes what the rooms shall hold, without room for more."""
+        self.addresses = None
+        self.key_room.hold(keys)
+        self.value_room.hold(values)
+
+    def extend(self, tokens: int) -> None:
+        """Counts tokens that a native call has written."""
+        for room in self.rooms:
+            room.length += tokens
+
+    def place(self, tokens: int) -> tuple[int, ...] | None:
+        """Where a native call finds all this and writes the next tokens: `llmk_cache`, its mask offset left 0.
+
+        `None` where there is nothing yet, or nothing that it can write into.
+        """
+        room = self.key_room
+        places = self.addresses
+        if places is None or room.begin + room.length + tokens > places[-1]:
+            places = self.addresses = self._make_room(tokens)
+        if places is None:
+            return None
+        keys, values, batch, head, token, kind, size, _ = places
+        offset = room.begin * token * size
+        return keys + offset, values + offset, batch, head, token, room.length, 0, kind, self.bits, self.group_size
+
+    def _make_room(self, tokens: int) -> tuple[int, ...] | None:
+        states, others = (room.states() for room in self.rooms)
+        if states is None or others is None or states.dim() != 4:
+            return None
+        if states.shape != others.shape or states.dtype != others.dtype or self.key_room.begin != self.value_room.begin:
+            return None
+        dtype = getattr(self, "dtype", None) if self.bits else states.dtype
+        if self.bits == 4 and self.group_size % 2:  # a byte would belong to two groups
+            return None
+        if states.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        for room in self.rooms:
+            room.make(tokens)
+        keys, values = self.key_room.tensor, self.value_room.tensor
+        assert keys is not None and values is not None
+        batch, head, token, _ = keys.stride()
+        return keys.data_ptr(), values.data_ptr(), batch, head, token, TYPES[dtype], keys.element_size(), keys.shape[2]
+
+
+class _RoomyStates(Rooms):
+    """`keys` and `values` of a layer as properties over the two rooms."""
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -79,42 +161,10 @@ class _RoomyStates:
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.addresses = None
-        self.key_room.reorder(beam_idx)
-        self.value_room.reorder(beam_idx)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "addresses": None}
-
-    def place(self, tokens: int) -> tuple[int, ...] | None:
-        """Where a native call finds all this and writes the next tokens: `llmk_cache`, its mask offset left 0.
-
-        `None` where there is nothing yet, or nothing that it can write into.
-        """
-        room = self.key_room
-        places = self.addresses
-        if places is None or room.begin + room.length + tokens > places[-1]:
-            places = self.addresses = self._make_room(tokens)
-        if places is None:
-            return None
-        keys, values, batch, head, token, kind, size, _ = places
-        offset = room.begin * token * size
-        return keys + offset, values + offset, batch, head, token, room.length, 0, kind
-
-    def _make_room(self, tokens: int) -> tuple[int, ...] | None:
-        states, others = self.keys, self.values
-        if states is None or others is None or states.dim() != 4:
-            return None
-        if states.shape != others.shape or states.dtype != others.dtype or self.key_room.begin != self.value_room.begin:
-            return None
-        if states.device.type != "cpu" or states.dtype not in (torch.float32, torch.bfloat16):
-            return None
-        self.key_room.make(tokens)
-        self.value_room.make(tokens)
-        keys, values = self.key_room.tensor, self.value_room.tensor
-        assert keys is not None and values is not None
-        batch, head, token, _ = keys.stride()
-        kind, size = TYPES[keys.dtype], keys.element_size()
-        return keys.data_ptr(), values.data_ptr(), batch, head, token, kind, size, keys.shape[2]
+        for room in self.rooms:
+            if room.length:
+                assert room.tensor is not None
+                room.tensor = room.tensor.index_select(0, beam_idx.to(room.tensor.device))
 
 
 class RoomyLayer(_RoomyStates, DynamicLayer):
@@ -126,45 +176,37 @@ class RoomyLayer(_RoomyStates, DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             super().crop(tokens_to_remove)  # which says what is wrong
-        for room in (self.key_room, self.value_room):
-            room.length = max(room.length + tokens_to_remove, 0)
-
-    def extend(self, tokens: int) -> None:
-        """Counts tokens that a native call has written."""
-        self.key_room.length += tokens
-        self.value_room.length += tokens
+        for room in self.rooms:
+            room.keep_first(room.length + tokens_to_remove)
 
 
 class RoomySlidingLayer(_RoomyStates, DynamicSlidingWindowLayer):
     """A `DynamicSlidingWindowLayer` with room, which lets the oldest tokens go for new ones, or first at `crop`."""
 
     def extend(self, tokens: int) -> None:
+        super().extend(tokens)
         self.cumulative_length += tokens
-        for room in (self.key_room, self.value_room):
-            room.length += tokens
         if not self.record_past:
             self._forget()
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0 or (self.cumulative_length >= self.sliding_window and not self.record_past):
             super().crop(tokens_to_remove)  # which says what is wrong
-        for room in (self.key_room, self.value_room):
-            room.length = max(room.length + tokens_to_remove, 0)
+        for room in self.rooms:
+            room.keep_first(room.length + tokens_to_remove)
         self.cumulative_length = max(self.cumulative_length + tokens_to_remove, 0)
         self._forget()
 
     def _forget(self) -> None:
         """Leaves what the next token sees."""
-        for room in (self.key_room, self.value_room):
-            gone = max(room.length - (self.sliding_window - 1), 0)
-            room.begin += gone
-            room.length -= gone
+        for room in self.rooms:
+            room.keep_last(self.sliding_window - 1)
 
 
-def roomy(layer: Any) -> RoomyLayer | RoomySlidingLayer | None:
+def roomy(layer: Any) -> Any:
     """A dynamic layer as one with room: itself, or what to put in its place; `None` of a layer of another kind."""
     kind = type(layer)
-    if kind in (RoomyLayer, RoomySlidingLayer):
+    if isinstance(layer, Rooms):
         return layer
     if kind is DynamicLayer:
         larger = RoomyLayer()
@@ -181,7 +223,7 @@ def start(layer: Any, batch: int, heads: int, head_dim: int, dtype: torch.dtype)
     """Makes a layer that has cached nothing yet one of no tokens `[B, N, 0, D]`, on the CPU."""
     states = torch.empty(batch, heads, 0, head_dim, dtype=dtype)
     layer.lazy_initialization(states, states)
-    if type(layer) is not StaticLayer:
+    if isinstance(layer, DynamicLayer) and not getattr(layer, "bits", 0):
         layer.keys, layer.values = states, states.clone()
 
 
@@ -196,4 +238,4 @@ def static_place(layer: StaticLayer, tokens: int) -> tuple[int, ...] | None:
     if length + tokens > keys.shape[2] or keys.stride() != values.stride() or keys.stride(-1) != 1:
         return None
     batch, head, token, _ = keys.stride()
-    return keys.data_ptr(), values.data_ptr(), batch, head, token, length, 0, TYPES[keys.dtype]
+    return keys.data_ptr(), values.data_ptr(), batch, head, token, length, 0, TYPES[keys.dtype], 0, 0

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 2
+ABI = 3
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
 NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
 TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type

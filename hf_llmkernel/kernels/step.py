@@ -19,15 +19,16 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer
 
 from . import library
-from .cache import roomy, start, static_place
+from .cache import CACHES, roomy, start, static_place
 from .layout import Layout, dense_layout, linear_of, stored_weight
 from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
 
 MOST_SEQUENCES = 16  # of a decoding step, whose way of sharing out is for few rows
 CHECKED_EVERY = 32  # tokens
+PLACE = 10  # numbers of an `llmk_cache`
 CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the length
 VERSION = operator.attrgetter("_version")
 CAPTURING = "transformers.utils.output_capturing"
@@ -173,7 +174,7 @@ def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) ->
         return False
     if input_ids.device.type != "cpu" or torch._C._get_tracing_state() is not None:
         return False
-    if type(cache) not in (DynamicCache, StaticCache, Cache) or cache.offloading:
+    if type(cache) not in CACHES or cache.offloading:
         return False
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return False
@@ -204,7 +205,7 @@ def _cache_places(cache: Any, plan: Plan, batch: int, seen: int, new: int) -> ar
     layers, kind = cache.layers, TYPES[plan.dtype]
     if len(layers) < plan.model.layers:
         return None
-    places = [0] * (8 * plan.model.layers)
+    places = [0] * (PLACE * plan.model.layers)
     for index in plan.attending:
         if not layers[index].is_initialized:
             heads = plan.layers[index].key_value_heads
@@ -219,8 +220,8 @@ def _cache_places(cache: Any, plan: Plan, batch: int, seen: int, new: int) -> ar
             return None
         if place is None or place[7] != kind:
             return None
-        places[8 * index : 8 * index + 8] = place
-        places[8 * index + 6] = seen - place[5]  # a window has let the first tokens go
+        places[PLACE * index : PLACE * (index + 1)] = place
+        places[PLACE * index + 6] = seen - place[5]  # a window has let the first tokens go
     return array("q", places)
 
 

@@ -118,7 +118,7 @@ def test_windows_hold_no_more_than_the_next_token_sees():
             found = model(part, past_key_values=cache).logits
             expected = model(part, past_key_values=full).logits
             assert (found - expected).norm() <= 0.02 * expected.norm()
-    assert all(layer.stored[0].shape[-2] == 5 for layer in cache.layers)
+    assert all(layer.key_room.states().shape[-2] == 5 for layer in cache.layers)
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.layers[0].crop(-2)
 
@@ -128,13 +128,13 @@ def test_rows_and_tokens_are_taken_and_repeated():
     cache: Any = IntegerCache(model.config, 4)
     with torch.no_grad():
         model(tokens(3, 10), past_key_values=cache)
-    before = [tensor.clone() for tensor in cache.layers[0].stored]
+    before = [room.states().clone() for room in cache.layers[0].rooms]
     cache.reorder_cache(torch.tensor([2, 0, 0]))
     cache.crop(-4)
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([0, 5]))
-    for found, stored in zip(cache.layers[0].stored, before, strict=True):
-        assert torch.equal(found, stored[[2, 0]][:, :, :6])
+    for room, stored in zip(cache.layers[0].rooms, before, strict=True):
+        assert torch.equal(room.states(), stored[[2, 0]][:, :, :6])
     assert cache.get_seq_length() == 6
     cache.reset()
     assert cache.get_seq_length() == 0 and cache.nbytes() == 0

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_llmkernel.kernels import library
+from hf_llmkernel.kernels import library, step
 
 LEVELS = ("avx512", "avx2", "portable")
 
@@ -23,3 +23,11 @@ def level(request):
         pytest.skip(f"this processor has no {request.param}")
     yield request.param
     library.NATIVE.llmk_set_isa(before.encode())
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """A list that grows with every native step."""
+    calls, call = [], step._call
+    monkeypatch.setattr(step, "_call", lambda *arguments: (calls.append(1), call(*arguments)))
+    return calls

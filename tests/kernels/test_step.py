@@ -88,14 +88,6 @@ def random_model(**fields) -> LLMKernelForCausalLM:
     return LLMKernelForCausalLM(LLMKernelConfig(**{**SIZES, **fields})).eval().requires_grad_(False)
 
 
-@pytest.fixture
-def native_calls(monkeypatch):
-    """A list that grows with every native step."""
-    calls, call = [], step._call
-    monkeypatch.setattr(step, "_call", lambda *arguments: (calls.append(1), call(*arguments)))
-    return calls
-
-
 def decoded(model, ids, steps=5, mask=None, cache=None, native=True, monkeypatch=None) -> torch.Tensor:
     """Logits `[B, 1 + steps, V]` of a prompt and tokens after it; without `native`, of torch and native linears."""
     logits, cache = [], cache or DynamicCache(config=model.config)

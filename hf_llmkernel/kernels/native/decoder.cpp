@@ -270,13 +270,14 @@ struct AttentionLayer {
         float* largest = arena.take<float>(group);
         float* total = arena.take<float>(group);
         for (int64_t i = 0; i < group; ++i) prepare_query(row, head * group + i, query + i * d);
-        const int64_t bytes = type_bytes(static_cast<int32_t>(cache.type));
+        const int64_t bytes = element_bytes(cache);
         const int64_t at = (sequence * cache.batch_stride + head * cache.head_stride + begin * cache.token_stride) * bytes;
         const uint8_t* mask = step.call.mask;
         if (mask != nullptr) mask += sequence * step.call.mask_stride + cache.mask_offset + begin;
         kernels().attend({query, group, d, reinterpret_cast<const uint8_t*>(cache.keys + at),
                           reinterpret_cast<const uint8_t*>(cache.values + at), cache.token_stride,
-                          static_cast<int32_t>(cache.type), end - begin, mask, output, largest, total});
+                          static_cast<int32_t>(cache.type), end - begin, mask, output, largest, total,
+                          rounding_of(cache, d), d, head_bytes(cache, d)});
         for (int64_t i = 0; i < group; ++i) {
             const int64_t to = (row * layer.heads + head * group + i) * parts + part;
             std::memcpy(step.partial + to * d, output + i * d, static_cast<size_t>(d) * sizeof(float));
@@ -302,14 +303,8 @@ struct AttentionLayer {
         rotate(key, step.sines + row * half, step.cosines + row * half, d);
         const int64_t at = step.sequence(row) * cache.batch_stride + head * cache.head_stride +
                            (cache.length + step.token(row)) * cache.token_stride;
-        store(key, cache.keys, at);
-        store(row_of(row) + queries + keys + head * d, cache.values, at);
-    }
-
-    void store(const float* x, int64_t states, int64_t at) const {
-        const int64_t d = step.model.head_dim;
-        if (cache.type == LLMK_TYPE_BF16) return kernels().to_bf16(x, d, d, reinterpret_cast<uint16_t*>(states) + at);
-        std::memcpy(reinterpret_cast<float*>(states) + at, x, static_cast<size_t>(d) * sizeof(float));
+        store_head(cache, cache.keys, at, key, d);
+        store_head(cache, cache.values, at, row_of(row) + queries + keys + head * d, d);
     }
 
     // A thread's own [M, N D] of what all parts have attended.

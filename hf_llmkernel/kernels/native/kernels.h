@@ -30,6 +30,19 @@ struct Tile {
     const float* floats = nullptr;    // the same
 };
 
+// How a head [head_dim] is kept as integers between the lowest and the highest value of each group (see llmk_cache).
+struct Rounding {
+    int64_t head_dim;
+    int64_t bits;  // 0: it is not
+    int64_t group;
+    int32_t type;
+    int64_t groups() const { return head_dim / group; }
+    int64_t code_bytes() const { return head_dim * bits / 8; }
+    int64_t record_bytes() const { return code_bytes() + 2 * groups() * type_bytes(type); }
+};
+
+constexpr int64_t kTokens = 64;  // a tile of cached ones, whose keys stay in the first-level cache for all heads
+
 // Queries of the heads that share one head of keys and values, over a run of cached tokens.
 struct Attention {
     const float* queries;  // [heads, head_dim], scaled
@@ -44,6 +57,9 @@ struct Attention {
     float* output;        // [heads, head_dim]: the sum of exp(score - largest) * value
     float* largest;       // [heads]; -inf where no token is seen
     float* total;         // [heads]: the sum of exp(score - largest)
+    Rounding rounding;
+    int64_t stride;       // from one head's query and output to the next
+    int64_t token_bytes;  // of a cached head
 };
 
 // A run of a prompt's tokens, of the heads that share one head of keys and values, over all cached tokens up to their own.
@@ -84,6 +100,8 @@ struct Kernels {
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t columns, float* y);
     void (*add)(const float* x, const float* bias, int64_t columns, float* y);  // y += x (+ bias)
     void (*activate)(int32_t activation, const float* gate, const float* up, int64_t columns, float* y);
+    void (*round_head)(const Rounding& r, const float* x, uint8_t* record);
+    void (*restore_head)(const Rounding& r, const uint8_t* record, uint8_t* y);  // [head_dim] of its type
     void (*attend)(const Attention& a);
     void (*attend_prompt)(const PromptAttention& a);
 };

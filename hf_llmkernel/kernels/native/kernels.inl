@@ -352,21 +352,36 @@ void activate(int32_t activation, const float* gate, const float* up, int64_t co
 // ---- attention ----
 
 struct FloatStates {
+    static constexpr bool kScaled = false;
     static constexpr int64_t kBytes = 4;
+    static int64_t channel(int64_t d) { return d; }
     static Floats load(const uint8_t* p, int64_t at, int64_t count) {
         const float* states = reinterpret_cast<const float*>(p) + at;
         return count == 16 ? f_load(states) : f_load_some(states, count);
     }
 };
 struct Bf16States {
+    static constexpr bool kScaled = false;
     static constexpr int64_t kBytes = 2;
+    static int64_t channel(int64_t d) { return d; }
     static Floats load(const uint8_t* p, int64_t at, int64_t count) {
         const uint16_t* states = reinterpret_cast<const uint16_t*>(p) + at;
         return count == 16 ? f_load_bf16(states) : f_load_bf16_some(states, count);
     }
 };
-
-constexpr int64_t kTokens = 64;  // a tile, whose keys stay in the first-level cache for all heads
+// Codes, without their scales.
+template <int Bits>
+struct IntegerStates {
+    static constexpr bool kScaled = true;
+    static constexpr int64_t kBytes = 1;  // of what strides count
+    static int64_t channel(int64_t d) { return d * Bits / 8; }
+    static Floats load(const uint8_t* p, int64_t at, int64_t count) {
+        uint8_t some[16] = {};
+        p += at;
+        if (count < 16) p = static_cast<const uint8_t*>(__builtin_memcpy(some, p, static_cast<size_t>(channel(count))));
+        return Bits == 8 ? f_load_u8(p) : f_load_nibbles(p);
+    }
+};
 
 // scores[h][t] of up to 16 tokens from `first`; the last one stands in for those that are missing, so that the loops are
 // of a fixed length and all sums stay in registers.
@@ -376,17 +391,17 @@ inline void score_tokens(const Attention& a, int64_t first, int64_t count, int64
     int64_t at[16];
     for (int64_t t = 0; t < 16; ++t) at[t] = (first + smaller(t, count - 1)) * a.token_stride;
     for (int64_t h = head; h < head + heads; ++h) {
-        const float* query = a.queries + h * a.head_dim;
+        const float* query = a.queries + h * a.stride;
         Floats sums[16];
         for (int t = 0; t < 16; ++t) sums[t] = f_zero();
         int64_t d = 0;
         for (; d + 16 <= a.head_dim; d += 16) {
             const Floats part = f_load(query + d);
-            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + d, 16), sums[t]);
+            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + States::channel(d), 16), sums[t]);
         }
         if (const int64_t rest = a.head_dim - d) {
             const Floats part = f_load_some(query + d, rest);
-            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + d, rest), sums[t]);
+            for (int t = 0; t < 16; ++t) sums[t] = f_fma(part, States::load(a.keys, at[t] + States::channel(d), rest), sums[t]);
         }
         f_store(scores[h - head] + column, f_sums(sums));
     }
@@ -401,7 +416,7 @@ inline void score_tokens<Bf16States>(const Attention& a, int64_t first, int64_t 
     for (int64_t t = 0; t < 16; ++t)
         keys[t] = reinterpret_cast<const uint16_t*>(a.keys) + (first + smaller(t, count - 1)) * a.token_stride;
     for (int64_t h = head; h < head + heads; ++h) {
-        const float* query = a.queries + h * a.head_dim;
+        const float* query = a.queries + h * a.stride;
         Floats sums[16];
         for (int t = 0; t < 16; ++t) sums[t] = f_zero();
         int64_t d = 0;
@@ -422,9 +437,8 @@ inline void score_tokens<Bf16States>(const Attention& a, int64_t first, int64_t 
 // The states of a tile's tokens, asked for while the tile before it is worked on.
 template <class States>
 inline void fetch_tokens(const Attention& a, const uint8_t* states, int64_t first, int64_t count) {
-    const int64_t bytes = a.head_dim * States::kBytes;
-    for (int64_t t = first; t < first + count; ++t)
-        for (int64_t at = 0; at < bytes; at += kLine) prefetch(states + t * a.token_stride * States::kBytes + at);
+    for (int64_t t = first; t < smaller(first + count, a.tokens); ++t)
+        for (int64_t at = 0; at < a.token_bytes; at += kLine) prefetch(states + t * a.token_stride * States::kBytes + at);
 }
 
 // output[h] += Σ weights[h][t] value[t] in V times 16 channels from d (of the last, `width`), for H heads at once so that
@@ -434,17 +448,17 @@ inline void add_channels(const Attention& a, int64_t first, int64_t count, int64
                          int64_t d, int64_t width) {
     Floats sums[H][V];
     for (int h = 0; h < H; ++h)
-        for (int v = 0; v < V; ++v) sums[h][v] = f_load_some(a.output + (head + h) * a.head_dim + d + 16 * v, width);
+        for (int v = 0; v < V; ++v) sums[h][v] = f_load_some(a.output + (head + h) * a.stride + d + 16 * v, width);
     for (int64_t t = 0; t < count; ++t) {
-        const int64_t at = (first + t) * a.token_stride + d;
-        if (d == 0 && first + t + kTokens < a.tokens) fetch_tokens<States>(a, a.values, first + t + kTokens, 1);
+        const int64_t at = (first + t) * a.token_stride + States::channel(d);
+        if (d == 0) fetch_tokens<States>(a, a.values, first + t + kTokens, 1);
         for (int v = 0; v < V; ++v) {
-            const Floats value = States::load(a.values, at + 16 * v, width);
+            const Floats value = States::load(a.values, at + States::channel(16 * v), width);
             for (int h = 0; h < H; ++h) sums[h][v] = f_fma(f_set(weights[h][t]), value, sums[h][v]);
         }
     }
     for (int h = 0; h < H; ++h)
-        for (int v = 0; v < V; ++v) f_store_some(a.output + (head + h) * a.head_dim + d + 16 * v, sums[h][v], width);
+        for (int v = 0; v < V; ++v) f_store_some(a.output + (head + h) * a.stride + d + 16 * v, sums[h][v], width);
 }
 
 template <class States, int H>
@@ -481,7 +495,7 @@ inline void weigh(const Attention& a, int64_t first, int64_t count, int64_t head
     const float scale = before == -INFINITY ? 0.0f : expf(before - largest);
     a.largest[head] = largest;
     a.total[head] = a.total[head] * scale + f_sum(total);
-    float* output = a.output + head * a.head_dim;
+    float* output = a.output + head * a.stride;
     for (int64_t d = 0; scale != 1.0f && d < a.head_dim; ++d) output[d] *= scale;
 }
 
@@ -490,9 +504,8 @@ inline void attend_heads(const Attention& a, int64_t head) {
     float scores[H][kTokens];
     for (int64_t first = 0; first < a.tokens; first += kTokens) {
         const int64_t count = smaller(kTokens, a.tokens - first);
-        const int64_t next = first + kTokens, more = smaller(kTokens, a.tokens - next);
         for (int64_t t = 0; t < count; t += 16) {
-            fetch_tokens<States>(a, a.keys, next + t, smaller(16, more - t));
+            fetch_tokens<States>(a, a.keys, first + kTokens + t, 16);
             score_tokens<States>(a, first + t, smaller(16, count - t), H, head, scores, t);
         }
         for (int h = 0; h < H; ++h) weigh(a, first, count, head + h, scores[h]);
@@ -500,13 +513,21 @@ inline void attend_heads(const Attention& a, int64_t head) {
     }
 }
 
+#include "integer_states.inl"
+
+template <class States, int H>
+inline void attend_some(const Attention& a, int64_t head) {
+    if (States::kScaled) attend_records<States, H>(a, head);
+    else attend_heads<States, H>(a, head);
+}
+
 template <class States>
 inline void attend_all(const Attention& a) {
     int64_t head = 0;
-    for (; a.heads - head >= 4; head += 4) attend_heads<States, 4>(a, head);
-    if (a.heads - head == 3) attend_heads<States, 3>(a, head);
-    else if (a.heads - head == 2) attend_heads<States, 2>(a, head);
-    else if (a.heads - head == 1) attend_heads<States, 1>(a, head);
+    for (; a.heads - head >= 4; head += 4) attend_some<States, 4>(a, head);
+    if (a.heads - head == 3) attend_some<States, 3>(a, head);
+    else if (a.heads - head == 2) attend_some<States, 2>(a, head);
+    else if (a.heads - head == 1) attend_some<States, 1>(a, head);
 }
 
 void attend(const Attention& a) {
@@ -514,8 +535,10 @@ void attend(const Attention& a) {
         a.largest[h] = -INFINITY;
         a.total[h] = 0;
     }
-    for (int64_t i = 0; i < a.heads * a.head_dim; ++i) a.output[i] = 0;
-    if (a.type == LLMK_TYPE_BF16) attend_all<Bf16States>(a);
+    for (int64_t i = 0; i < a.heads * a.stride; ++i) a.output[i] = 0;
+    if (a.rounding.bits == 8) attend_all<IntegerStates<8>>(a);
+    else if (a.rounding.bits == 4) attend_all<IntegerStates<4>>(a);
+    else if (a.type == LLMK_TYPE_BF16) attend_all<Bf16States>(a);
     else attend_all<FloatStates>(a);
 }
 

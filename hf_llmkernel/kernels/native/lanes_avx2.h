@@ -93,6 +93,13 @@ inline __m256i bytes_of_eight(const uint8_t* p) {
 inline Floats f_load_u8(const uint8_t* p) {
     return {_mm256_cvtepi32_ps(bytes_of_eight(p)), _mm256_cvtepi32_ps(bytes_of_eight(p + 8))};
 }
+inline Floats f_load_nibbles(const uint8_t* p) {  // of 8 bytes, low halves first
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    uint8_t nibbles[16];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(nibbles),
+                     _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15)));
+    return f_load_u8(nibbles);
+}
 inline uint16_t bf16_of(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);

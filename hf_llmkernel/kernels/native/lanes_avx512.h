@@ -50,6 +50,11 @@ inline Floats f_load_half(const uint16_t* p) {
 inline Floats f_load_u8(const uint8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+inline Floats f_load_nibbles(const uint8_t* p) {  // of 8 bytes, low halves first
+    const __m128i pairs = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i nibbles = _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(nibbles));
+}
 inline void f_store_bf16_some(uint16_t* p, Floats x, int64_t count) {
     _mm256_mask_storeu_epi16(p, first_lanes(count), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }

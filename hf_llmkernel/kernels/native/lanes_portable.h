@@ -89,6 +89,9 @@ inline Floats f_load_bf16_some(const uint16_t* p, int64_t count) {
 }
 inline Floats f_load_half(const uint16_t* p) { return each([=](int i) { return of_half(p[i]); }); }
 inline Floats f_load_u8(const uint8_t* p) { return each([=](int i) { return static_cast<float>(p[i]); }); }
+inline Floats f_load_nibbles(const uint8_t* p) {  // of 8 bytes, low halves first
+    return each([=](int i) { return static_cast<float>((p[i / 2] >> (4 * (i % 2))) & 15); });
+}
 inline void f_store_bf16_some(uint16_t* p, Floats x, int64_t count) {
     for (int64_t i = 0; i < count; ++i) p[i] = bf16_of(x.of[i]);
 }

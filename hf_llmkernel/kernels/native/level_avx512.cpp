@@ -5,6 +5,6 @@
 namespace llmk {
 
 const Kernels kAvx512 = {"avx512", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile,
-                        rms_norm, add, activate, attend, attend_prompt};
+                        rms_norm, add, activate, round_head, restore_head, attend, attend_prompt};
 
 }  // namespace llmk

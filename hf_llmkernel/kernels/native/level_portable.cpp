@@ -4,6 +4,6 @@
 namespace llmk {
 
 const Kernels kPortable = {"portable", kExpands, quantize, to_bf16, to_floats, multiply, multiply_tile,
-                        rms_norm, add, activate, attend, attend_prompt};
+                        rms_norm, add, activate, round_head, restore_head, attend, attend_prompt};
 
 }  // namespace llmk

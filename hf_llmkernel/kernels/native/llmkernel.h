@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #define LLMK_API extern "C" __attribute__((visibility("default")))
-#define LLMK_ABI 2
+#define LLMK_ABI 3
 
 enum llmk_kind : int32_t {
     LLMK_NONE = 0,
@@ -92,7 +92,9 @@ struct llmk_model {
 
 enum llmk_activation : int32_t { LLMK_SILU = 0, LLMK_GELU = 1, LLMK_GELU_TANH = 2, LLMK_RELU = 3 };
 
-// Keys and values of a layer, [batch, heads, tokens, head_dim] with strides counted in elements.
+// Keys and values of a layer, [batch, heads, tokens, head_dim] with strides counted in elements; as integers every head of
+// a token is a record of bytes, which strides count then: codes [head_dim], of 4 bits two in a byte, the first one low;
+// scales [head_dim / group]; lowest values [head_dim / group].
 struct llmk_cache {
     int64_t keys;  // addresses
     int64_t values;
@@ -101,7 +103,9 @@ struct llmk_cache {
     int64_t token_stride;
     int64_t length;       // tokens there are; the new one becomes the token of this index
     int64_t mask_offset;  // index in the mask of the first token here
-    int64_t type;         // LLMK_TYPE_F32 or LLMK_TYPE_BF16
+    int64_t type;         // LLMK_TYPE_F32 or LLMK_TYPE_BF16; of integers that of their scales
+    int64_t bits;         // 8 or 4; 0 where they are floating
+    int64_t group;        // channels that share a scale
 };
 
 LLMK_API int llmk_abi();

@@ -87,6 +87,22 @@ inline void rotate(float* x, const float* sines, const float* cosines, int64_t h
     }
 }
 
+inline Rounding rounding_of(const llmk_cache& cache, int64_t head_dim) {
+    return {head_dim, cache.bits, cache.group, static_cast<int32_t>(cache.type)};
+}
+inline int64_t element_bytes(const llmk_cache& cache) { return cache.bits != 0 ? 1 : type_bytes(static_cast<int32_t>(cache.type)); }
+inline int64_t head_bytes(const llmk_cache& cache, int64_t head_dim) {
+    return cache.bits != 0 ? rounding_of(cache, head_dim).record_bytes() : head_dim * element_bytes(cache);
+}
+
+// A head [head_dim] into the keys or values of a cache, `at` elements from their beginning.
+inline void store_head(const llmk_cache& cache, int64_t states, int64_t at, const float* x, int64_t head_dim) {
+    auto* to = reinterpret_cast<uint8_t*>(states + at * element_bytes(cache));
+    if (cache.bits != 0) kernels().round_head(rounding_of(cache, head_dim), x, to);
+    else if (cache.type == LLMK_TYPE_BF16) kernels().to_bf16(x, head_dim, head_dim, reinterpret_cast<uint16_t*>(to));
+    else std::memcpy(to, x, static_cast<size_t>(head_dim) * sizeof(float));
+}
+
 // A head [head_dim], normalized where it has a norm, and rotated.
 inline void prepare_head(const llmk_model& model, const float* norm, const float* sines, const float* cosines, float* x) {
     if (norm != nullptr) kernels().rms_norm(x, norm, model.epsilon, model.head_dim, x);

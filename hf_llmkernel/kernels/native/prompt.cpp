@@ -5,6 +5,7 @@
 //
 // Shapes: M rows, H hidden, N heads, D head_dim.
 #include <exception>
+#include <utility>
 #include <vector>
 
 #include "model.h"
@@ -58,6 +59,7 @@ struct Run {
     float* heads;     // [M, queries + keys + values]
     float* attended;  // [M, queries]
     float* gated;     // [M, intermediate]
+    uint8_t* restored;  // keys, then values [batch, heads, tokens, D] of a layer that keeps integers
 
     int64_t sequence(int64_t row) const { return row / tokens; }
     int64_t token(int64_t row) const { return first + row % tokens; }
@@ -132,11 +134,34 @@ struct AttentionLayer {
     const Run& run;
     const llmk_layer& layer;
     const llmk_cache& cache;
+    llmk_cache states;  // what is attended: the cache, or its integers restored
     int64_t d, queries, keys, group;
 
     AttentionLayer(const Run& r, const llmk_layer& l, const llmk_cache& c)
-        : run(r), layer(l), cache(c), d(r.prompt.model.head_dim), queries(l.heads * d), keys(l.key_value_heads * d),
-          group(l.heads / l.key_value_heads) {}
+        : run(r), layer(l), cache(c), states(c), d(r.prompt.model.head_dim), queries(l.heads * d), keys(l.key_value_heads * d),
+          group(l.heads / l.key_value_heads) {
+        if (cache.bits == 0) return;
+        states.bits = 0;
+        states.token_stride = d;
+        states.head_stride = (past() + run.tokens) * d;
+        states.batch_stride = layer.key_value_heads * states.head_stride;
+        states.keys = reinterpret_cast<int64_t>(run.restored);
+        states.values = states.keys + run.prompt.batch * states.batch_stride * element_bytes(states);
+    }
+
+    int64_t past() const { return cache.length + run.first; }
+
+    // One head of one sequence, all cached tokens.
+    void restore(int64_t lane) const {
+        const int64_t sequence = lane / layer.key_value_heads, head = lane % layer.key_value_heads;
+        const Rounding rounding = rounding_of(cache, d);
+        const int64_t from = sequence * cache.batch_stride + head * cache.head_stride;
+        const int64_t to = sequence * states.batch_stride + head * states.head_stride, bytes = element_bytes(states);
+        for (int64_t token = 0; token < past(); ++token)
+            for (const auto& [records, floats] : {std::pair(cache.keys, states.keys), std::pair(cache.values, states.values)})
+                kernels().restore_head(rounding, reinterpret_cast<const uint8_t*>(records + from + token * cache.token_stride),
+                                       reinterpret_cast<uint8_t*>(floats + (to + token * d) * bytes));
+    }
 
     float* row_of(int64_t row) const { return run.heads + row * (queries + 2 * keys); }
 
@@ -151,16 +176,16 @@ struct AttentionLayer {
         x += queries;
         for (int64_t head = 0; head < layer.key_value_heads; ++head, x += d) {
             prepare_head(model, layer.key_norm, sines, cosines, x);
-            const int64_t at = run.sequence(row) * cache.batch_stride + head * cache.head_stride +
-                               (cache.length + run.token(row)) * cache.token_stride;
-            store(x, cache.keys, at);
-            store(x + keys, cache.values, at);
+            store_new(cache, row, head, x);
+            if (cache.bits != 0) store_new(states, row, head, x);
         }
     }
 
-    void store(const float* x, int64_t states, int64_t at) const {
-        if (cache.type == LLMK_TYPE_BF16) return kernels().to_bf16(x, d, d, reinterpret_cast<uint16_t*>(states) + at);
-        std::memcpy(reinterpret_cast<float*>(states) + at, x, static_cast<size_t>(d) * sizeof(float));
+    void store_new(const llmk_cache& to, int64_t row, int64_t head, const float* x) const {
+        const int64_t at = run.sequence(row) * to.batch_stride + head * to.head_stride +
+                           (cache.length + run.token(row)) * to.token_stride;
+        store_head(to, to.keys, at, x, d);
+        store_head(to, to.values, at, x + keys, d);
     }
 
     int64_t query_tiles() const { return ceil_div(run.tokens, kQueryTokens); }
@@ -172,7 +197,7 @@ struct AttentionLayer {
         const int64_t begin = (query_tiles() - 1 - chunk / lanes) * kQueryTokens;
         const int64_t sequence = chunk % lanes / layer.key_value_heads, head = chunk % layer.key_value_heads;
         const int64_t row = sequence * run.tokens + begin;
-        const int64_t at = (sequence * cache.batch_stride + head * cache.head_stride) * type_bytes(static_cast<int32_t>(cache.type));
+        const int64_t at = (sequence * states.batch_stride + head * states.head_stride) * element_bytes(states);
         static thread_local Arena arena;
         arena.clear();
         PromptAttention a = {};
@@ -181,10 +206,10 @@ struct AttentionLayer {
         a.tokens = smaller(kQueryTokens, run.tokens - begin);
         a.heads = group;
         a.head_dim = d;
-        a.keys = reinterpret_cast<const uint8_t*>(cache.keys + at);
-        a.values = reinterpret_cast<const uint8_t*>(cache.values + at);
-        a.token_stride = cache.token_stride;
-        a.type = static_cast<int32_t>(cache.type);
+        a.keys = reinterpret_cast<const uint8_t*>(states.keys + at);
+        a.values = reinterpret_cast<const uint8_t*>(states.values + at);
+        a.token_stride = states.token_stride;
+        a.type = static_cast<int32_t>(states.type);
         a.first = cache.length + run.first + begin;
         a.window = layer.window;
         if (run.prompt.mask != nullptr) a.mask = run.prompt.mask + sequence * run.prompt.mask_stride + cache.mask_offset;
@@ -203,6 +228,8 @@ void attention(Team& team, const Run& run, const llmk_layer& layer, const llmk_c
         add_bias(*stages.attention.linear[i], part);
         copy_part(part, run.heads + begin[i], heads.queries + 2 * heads.keys);
     });
+    if (cache.bits != 0 && heads.past() > 0)
+        team.run(run.prompt.batch * layer.key_value_heads, [] {}, [&](int64_t lane) { heads.restore(lane); });
     run_rows(team, run.rows, [&](int64_t row) { heads.place(row); });
     team.run(heads.chunks(), [] {}, [&](int64_t chunk) { heads.attend(chunk); });
     fill_stage(team, stages.output, run.rows, [&](int64_t row) { return run.attended + row * heads.queries; });
@@ -285,6 +312,19 @@ void make_stages(Run& run, Arena arenas[2]) {
     if (run.kept_rows() > 0) run.head = stage(run.kept_rows(), {&model.head});
 }
 
+int64_t restored_bytes(const Run& run) {
+    const llmk_model& model = run.prompt.model;
+    int64_t most = 0;
+    for (int32_t i = 0; i < model.layers; ++i) {
+        const llmk_cache& cache = run.prompt.caches[i];
+        if (!model.layer[i].attends || cache.bits == 0) continue;
+        const int64_t tokens = cache.length + run.first + run.tokens;
+        most = larger(most, 2 * run.prompt.batch * model.layer[i].key_value_heads * tokens * model.head_dim *
+                                type_bytes(static_cast<int32_t>(cache.type)));
+    }
+    return most;
+}
+
 void make_room(Run& run, Arena& arena) {
     const llmk_model& model = run.prompt.model;
     const int64_t m = run.rows, half = model.head_dim / 2;
@@ -301,6 +341,7 @@ void make_room(Run& run, Arena& arena) {
     run.heads = arena.take<float>(m * heads);
     run.attended = arena.take<float>(m * queries);
     run.gated = arena.take<float>(m * width);
+    run.restored = arena.take<uint8_t>(restored_bytes(run));
 }
 
 void begin_row(const Run& run, int64_t row) {
@@ -310,12 +351,12 @@ void begin_row(const Run& run, int64_t row) {
     rotation(model, run.prompt.positions[at], run.sines + row * half, run.cosines + row * half);
 }
 
-constexpr int64_t kLayerPhases = 18;  // attention 10 and feed-forward 8, where all linears are of low rank
+constexpr int64_t kLayerPhases = 19;  // attention 11 and feed-forward 8, where all linears are of low rank
 
 void read_run(const Call& prompt, int64_t first, int64_t tokens) {
     static thread_local Arena arena, stage_arenas[2];
     const llmk_model& model = prompt.model;
-    Run run{prompt, first, tokens, prompt.batch * tokens, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Run run{prompt, first, tokens, prompt.batch * tokens, {}, {}, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     arena.clear();
     make_room(run, arena);
     make_stages(run, stage_arenas);
