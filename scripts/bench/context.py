@@ -1,8 +1,10 @@
 """What a token costs as the context grows: seconds a step after 128 … 8192 tokens, and the slope against the KV cache.
 
     python scripts/bench/context.py MODEL … --output scripts/bench/context.json [--lengths 128 1024 4096 8192]
+                                                                       [--caches full int8]
 
-Each MODEL is a folder. Its cache is filled once for every length; a sample is 32 greedy steps of batch 1 that end at
+Each MODEL is a folder. Its cache, of every kind asked for, is filled once for every length; a sample is 32 greedy steps
+of batch 1 that end at
 that length, their tokens removed again. In a round all models and lengths take turns, with a calibration before and
 after each sample; one beside a slow calibration counts only where a length has fewer than two others. The slope is that
 of a straight line through the medians, in seconds for each position; the bytes that the cache holds for a position
@@ -14,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,18 @@ import numpy
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from hf_llmkernel import IntegerCache
 from hf_llmkernel.evaluate.ceilings import Calibration, Pace, best_pace
 from hf_llmkernel.evaluate.machine import describe_commit, describe_machine, describe_versions
 from hf_llmkernel.evaluate.speed import STEADY
 from hf_llmkernel.kernels import isa
 
 STEPS = 32
+CACHES: dict[str, Callable[[Any], Any]] = {
+    "full": lambda config: DynamicCache(config=config),
+    "int8": lambda config: IntegerCache(config, 8),
+    "int4": lambda config: IntegerCache(config, 4),
+}
 
 
 def main() -> None:
@@ -35,8 +44,9 @@ def main() -> None:
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval() for folder in arguments.models]
     with torch.inference_mode():
         contexts = {
-            folder.name: {length: Context(model, length) for length in arguments.lengths}
+            f"{folder.name}, {kind} cache": {length: Context(model, kind, length) for length in arguments.lengths}
             for folder, model in zip(arguments.models, models, strict=True)
+            for kind in arguments.caches
         }
         paces = measure([each for own in contexts.values() for each in own.values()], arguments.rounds)
     best = best_pace(paces)
@@ -60,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 1024, 4096, 8192])
+    parser.add_argument("--caches", nargs="+", choices=list(CACHES), default=["full", "int8"])
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 
@@ -67,13 +78,13 @@ def parse_arguments() -> argparse.Namespace:
 class Context:
     """A model with a cache of `length - STEPS` random tokens; `samples` are seconds a step with the pace beside."""
 
-    def __init__(self, model: Any, length: int):
+    def __init__(self, model: Any, kind: str, length: int):
         if not STEPS < length <= model.config.max_position_embeddings:
             most = model.config.max_position_embeddings
             raise ValueError(f"lengths: {length}: must be above {STEPS} and at most the model's {most}.")
         self.model = model
         self.filled = length - STEPS
-        self.cache = DynamicCache(config=model.config)
+        self.cache = CACHES[kind](model.config)
         prompt = torch.randint(model.vocab_size, (1, self.filled))
         self.first = self.step(prompt)
         self.samples: list[tuple[float, Pace]] = []
@@ -94,7 +105,9 @@ class Context:
 
     def position_bytes(self) -> float:
         """Bytes that the cache holds for each position."""
-        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)  # type: ignore[union-attr]
+        if isinstance(self.cache, IntegerCache):
+            return self.cache.nbytes() / self.cache.get_seq_length()
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
         return held / self.cache.get_seq_length()
 
 
