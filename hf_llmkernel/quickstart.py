@@ -134,7 +134,7 @@ def fetch_dense(model: str, dense: Path, clock: Clock) -> list[str]:
     """Puts the model, as one of this family, into a new folder; returns what readers of the figures must know."""
     import shutil
 
-    from .compress.pipeline import family_folder
+    from .compress.check import family_folder
     from .convert import convert_checkpoint
     from .data import BUILT_IN_MODELS, fetch_model
 

@@ -19,6 +19,7 @@ from ..convert.source import locate_source
 from ..evaluate.inventory import Entry, inspect
 from ..evaluate.layout import shape_config, slots, stored_values
 from .block import LINEARS
+from .check import check_places
 from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
 from .prune.stage import METHODS as GROUP_METHODS
@@ -175,6 +176,7 @@ class LLMKernelPruner(CheckpointQuantizer):
         Raises:
             ValueError: bad input, as `compress` says.
         """
+        check_places(self.model_or_path, save_dir)
         config = LLMKernelPruningConfig.read(pruning_config)
         before = count_stored(self.model_or_path)
         recipe, measured = config.to_recipe(), partial(_save_measured, config, before, progress)

@@ -14,6 +14,7 @@ from typing import Any
 from ..checkpoint.bitsandbytes import QUANT_TYPES
 from ..evaluate.inventory import inspect
 from .block import LINEARS
+from .check import check_places
 from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
 from .quantize.stage import METHODS
@@ -88,7 +89,7 @@ class LLMKernelQuantizationConfig(RecipeConfig):
         if self.method in BITSANDBYTES:
             self._check_bitsandbytes()
         elif self.bits is None:
-            raise ValueError("bits=None: must be 8 or 4.")
+            raise ValueError("bits: is missing; give --bits 8 or 4, or bits: 8 or 4 in a recipe.")
 
     def _check_bitsandbytes(self) -> None:
         bits = 8 if self.method == "bnb-int8" else 4
@@ -130,6 +131,7 @@ class LLMKernelQuantizer(CheckpointQuantizer):
             ValueError: bad input, as `compress` says.
         """
         self.check_file_prefix(file_prefix)
+        check_places(self.model_or_path, save_dir)
         if quantization_config is not None and settings:
             raise ValueError(f"quantization_config: says all, but {sorted(settings)} are given too; leave one out.")
         config = LLMKernelQuantizationConfig.read(settings if quantization_config is None else quantization_config)

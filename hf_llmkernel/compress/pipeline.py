@@ -30,21 +30,20 @@ from ..checkpoint.bitsandbytes import BitsAndBytes
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.output import MARKER
 from ..convert import convert_checkpoint
-from ..convert.incoming import read_config_fields
-from ..convert.source import check_companions, copy_companions, locate_source
+from ..convert.source import check_companions, copy_companions
 from ..evaluate.clean_process import peak_bytes
 from ..model.configuration_llm_kernel import LLMKernelConfig
-from .calibration import calibration_ids
 from .cast import Cast, Precision, is_cast
+from .check import check_places, check_run, family_folder, load_tokenizer, read_texts
 from .disk import write_json
-from .measure import check_evaluation, measure
+from .measure import measure
 from .plan import plan_stages, stored_sizes
 from .recipe import Recipe
-from .run import Run
+from .run import SECONDS_FILE, Run
 from .search.plot import plot_searches
 
 # What only an unfinished run needs, inside of the unfinished output.
-WORK, RUN_FILE, COMPLETE = "work", "run.json", "complete"
+WORK, RUN_FILE, COMPLETE, SOURCE = "work", "run.json", "complete", "source"
 RECORD_FILE = "compression.json"  # of what was decided, beside the weights
 SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
 
@@ -119,6 +118,7 @@ def compress(
         ValueError: bad input, naming the layer, file or setting and the remedy; nothing is written then.
         OSError: no space.
     """
+    check_places(model_or_path, output_dir)
     recipe = Recipe.load(recipe)
     processes.join()
     progress = progress and processes.is_first()
@@ -126,10 +126,14 @@ def compress(
     if (ended := processes.on_first(lambda: _ended_run(output_dir, identity))) is not None:
         return ended
     check_output(output_dir)
+    processes.on_first(lambda: _check_same_run(part_folder(output_dir) / WORK, identity))
+    ids = None
+    if isinstance(model_or_path, str | Path):
+        ids = processes.on_first(lambda: check_run(model_or_path, recipe, tokenizer))
     with _part(output_dir, identity, progress) as folder:
         work = folder / WORK
         source = processes.on_first(lambda: _family_checkpoint(model_or_path, tokenizer, work, progress))
-        run = _prepare(source, _name(model_or_path), recipe, tokenizer, work, progress)
+        run = _prepare(source, _name(model_or_path), recipe, tokenizer, ids, work, progress)
         result = run.run()
         written = processes.on_first(lambda: _write_result(result, source, folder, recipe, tokenizer))
         weight_bytes, precision = written
@@ -175,6 +179,11 @@ def _write_record(run: Run, folder: Path, weight_bytes: int) -> None:
     plot_searches(run.outcome(), folder)
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What a run has written of itself into its result."""
+    return json.loads((Path(folder).expanduser() / RECORD_FILE).read_text(encoding="utf-8"))
+
+
 def _identity(model_or_path: Any, recipe: Recipe) -> dict[str, Any]:
     """What tells a run from another."""
     return {
@@ -194,10 +203,8 @@ def _ended_run(output_dir: str | Path, identity: dict[str, Any]) -> Compression 
 @contextmanager
 def _part(output_dir: str | Path, identity: dict[str, Any], progress: bool) -> Iterator[Path]:
     """The unfinished output, taken up where it is of the same run; the first process makes it and makes it appear."""
-    part = part_folder(output_dir)
-    _check_same_run(part / WORK, identity)
-    processes.wait()
-    with _made_part(output_dir, identity, progress) if processes.is_first() else nullcontext(part) as folder:
+    part = nullcontext(part_folder(output_dir))
+    with _made_part(output_dir, identity, progress) if processes.is_first() else part as folder:
         processes.wait()
         yield folder
     processes.wait()
@@ -205,39 +212,48 @@ def _part(output_dir: str | Path, identity: dict[str, Any], progress: bool) -> I
 
 @contextmanager
 def _made_part(output_dir: str | Path, identity: dict[str, Any], progress: bool) -> Iterator[Path]:
-    """The folder, with what tells the run.
+    """The folder, with what tells the run; what another run has left there, who finished nothing, goes.
 
-    It stays where the run was interrupted, or ended by a fault of the machine. Bad input would end it again: it goes.
+    It stays where the run was interrupted, or ended by a fault of the machine, after it finished something. Bad input
+    would end it again: it goes.
     """
     with output_folder(output_dir, resume=True, scratch=WORK) as folder:
         work = folder / WORK
-        if (work / RUN_FILE).is_file() and identity["source"] is not None:
-            if progress:
-                print(f"going on with the run that left {folder}", file=sys.stderr)
-        else:
+        if not (work / RUN_FILE).is_file() or identity["source"] is None or _difference(work, identity):
             shutil.rmtree(work, ignore_errors=True)
+        elif has_finished(work) and progress:
+            print(f"going on with the run that left {folder}", file=sys.stderr)
         work.mkdir(exist_ok=True)
         write_json(work / RUN_FILE, identity)
         try:
             yield folder
-        except ValueError:
-            if not (work / COMPLETE).exists():
-                shutil.rmtree(folder)
+        except BaseException as error:
+            bad_input = isinstance(error, ValueError) and not (work / COMPLETE).exists()
+            if bad_input or not (has_finished(work) or (work / SOURCE).is_dir()):
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
+def has_finished(work: Path) -> bool:
+    """Whether a run has finished a block, or the look at one: a JSON file then says so."""
+    said = (*work.glob("*.json"), *work.glob("survey-*/**/*.json"), *work.glob("sweep-*/*.json"))
+    return any(file.name not in (RUN_FILE, SECONDS_FILE) for file in said)
+
+
 def _check_same_run(work: Path, identity: dict[str, Any]) -> None:
-    """Raises `ValueError` where an unfinished run of another recipe, source or calibration text is in the way."""
-    file = work / RUN_FILE
-    if not file.is_file():
-        return
-    before = json.loads(file.read_text())
-    for name in identity:
-        if identity[name] != before.get(name) and None not in (identity[name], before.get(name)):
-            raise ValueError(
-                f"output={work.parent}: holds an unfinished run of another {name}; give the same one to go on, or "
-                "remove that folder."
-            )
+    """Raises `ValueError` where finished work of another recipe, source or calibration text is in the way."""
+    if has_finished(work) and (name := _difference(work, identity)):
+        raise ValueError(
+            f"output={work.parent}: holds an unfinished run of another {name}; give the same one to go on, or "
+            "remove that folder."
+        )
+
+
+def _difference(work: Path, identity: dict[str, Any]) -> str | None:
+    """What of a run is another than of the one that left `work`."""
+    before = json.loads((work / RUN_FILE).read_text()) if (work / RUN_FILE).is_file() else {}
+    told = [name for name in identity if None not in (identity[name], before.get(name))]
+    return next((name for name in told if identity[name] != before[name]), None)
 
 
 def _fingerprint(model_or_path: Any, by_content: bool = False) -> str | None:
@@ -265,43 +281,35 @@ def _family_checkpoint(model_or_path: Any, tokenizer: Any, work: Path, progress:
         model_or_path.save_pretrained(path)
         if tokenizer is not None:
             tokenizer.save_pretrained(path)
-    own, converted = family_folder(path), work / "source"
+    own, converted = family_folder(path), work / SOURCE
     if own is None and not converted.is_dir():
         convert_checkpoint(path, converted, progress=progress)
     return own or converted
 
 
-def family_folder(source: str | Path) -> Path | None:
-    """The folder of a checkpoint (folder, `.gguf` file or Hub id) that is of this family already, else `None`."""
-    found = locate_source(source)
-    if found.gguf is not None:
-        return None
-    fields = read_config_fields(found.folder / "config.json")
-    return found.folder if fields.get("model_type") == LLMKernelConfig.model_type else None
-
-
-def _prepare(source: Path, name: str, recipe: Recipe, tokenizer: Any, work: Path, progress: bool) -> Run:
-    """The run, once everything that can be known before it has been checked."""
+def _prepare(
+    source: Path,
+    name: str,
+    recipe: Recipe,
+    tokenizer: Any,
+    ids: torch.Tensor | None,
+    work: Path,
+    progress: bool,
+) -> Run:
+    """The run, once everything that can be known before it has been checked; `ids` where they are known already."""
     check_companions(source)
-    reads = (tokenizer or load_tokenizer(source, name)) if recipe.reads_text else None
     folder = ModelFolder(source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else folder.dtype
     plan_stages(folder.config, recipe.stages, dtype, folder.has_head)
     for stage in recipe.stages:
         if isinstance(stage, Cast):
             processes.on_first(lambda stage=stage: stage.check_range(folder.reader))
-    ids = processes.on_first(lambda: read_texts(recipe, reads, folder.config))
+    if recipe.reads_text and ids is None:
+        reads = tokenizer or load_tokenizer(source, name)
+        ids = processes.on_first(lambda: read_texts(recipe, reads, folder.config))
     needed = needed_disk_bytes(folder.config, stored_sizes(folder.config, dtype)[1], recipe)
     processes.on_first(lambda: check_disk_space(work, needed - _bytes_of(work)))
     return Run(folder, recipe, dtype, ids, work, progress)
-
-
-def read_texts(recipe: Recipe, tokenizer: Any, config: LLMKernelConfig) -> torch.Tensor | None:
-    """Calibration tokens `[S, T]` where a stage asks for them. Raises `ValueError` where a text will not do."""
-    ids = calibration_ids(recipe.calibration, tokenizer, config) if recipe.needs_data else None
-    if recipe.evaluation.source:
-        check_evaluation(recipe.evaluation, tokenizer, config)
-    return ids
 
 
 def _bytes_of(folder: Path) -> int:
@@ -357,17 +365,3 @@ def _write_tensors(result: ModelFolder, recipe: Recipe, folder: Path) -> Written
 
 def _name(model_or_path: Any) -> str:
     return Path(model_or_path).name if isinstance(model_or_path, str | Path) else type(model_or_path).__name__
-
-
-def load_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer in a folder of the model `name`. Raises `ValueError` where none loads."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # a tokenizer may run any code of any package
-        reason = " ".join(str(error).replace(str(folder), name).split())[:200]
-        raise ValueError(
-            f"{name}: its tokenizer does not load ({reason}), and the texts of the recipe need one; put its files "
-            "beside the weights, or in Python pass a tokenizer."
-        ) from None

@@ -7,18 +7,16 @@ import errno
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
 
 from ..checkpoint import check_disk_space, check_output
-from ..checkpoint.model_folder import ModelFolder
-from ..convert.incoming import converted_config
-from ..convert.source import check_companions, locate_source
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .block import SITES, matrix_names, matrix_shape
-from .pipeline import family_folder, load_tokenizer, needed_disk_bytes, read_texts
+from .check import source_shapes, source_texts
+from .pipeline import needed_disk_bytes
 from .plan import own_layers, plan_stages, stored_sizes
 from .recipe import Recipe
 from .run import phases
@@ -71,10 +69,10 @@ def preview(
         OSError: no space for the output, or less memory than the estimate.
     """
     recipe = Recipe.load(recipe)
-    config, dtype, has_head = _shapes(model, recipe)
+    config, dtype, has_head = source_shapes(model, recipe)
     planned = plan_stages(config, recipe.stages, dtype, has_head)
     parameters, weight_bytes = stored_sizes(config, dtype, has_head)
-    _check_texts(model, recipe, config)
+    source_texts(model, recipe, config)
     _check_machine(output_dir, estimate_memory(config, recipe), needed_disk_bytes(config, weight_bytes, recipe))
     stages = [
         {
@@ -100,14 +98,6 @@ def preview(
     )
 
 
-def _check_texts(model: str | Path, recipe: Recipe, config: LLMKernelConfig) -> None:
-    """Reads the recipe's texts as the run will; a GGUF file's tokenizer is known once it is converted."""
-    found = locate_source(model)
-    if recipe.reads_text and found.gguf is None:
-        check_companions(found.folder)
-        read_texts(recipe, load_tokenizer(found.folder, str(model)), config)
-
-
 def _check_machine(output_dir: str | Path | None, memory_bytes: int, disk_bytes: int) -> None:
     if output_dir is not None:
         check_output(output_dir)
@@ -117,18 +107,6 @@ def _check_machine(output_dir: str | Path | None, memory_bytes: int, disk_bytes:
         raise OSError(
             errno.ENOMEM, f"memory: about {memory_bytes / 1e9:.1f} GB needed, this machine has {total / 1e9:.1f} GB"
         )
-
-
-def _shapes(model: str | Path, recipe: Recipe) -> tuple[LLMKernelConfig, torch.dtype, bool]:
-    """Configuration, dtype of the result, and whether there is a language-model head."""
-    own = family_folder(model)
-    if own is not None:
-        folder = ModelFolder(own)
-        config, dtype, has_head = folder.config, folder.dtype, folder.has_head
-    else:
-        config, has_head = converted_config(model)
-        dtype = cast(torch.dtype, config.dtype)
-    return config, getattr(torch, recipe.dtype) if recipe.dtype else dtype, has_head
 
 
 def estimate_seconds(config: LLMKernelConfig, recipe: Recipe, surveys: int) -> float:

@@ -27,6 +27,8 @@ from .stage import Stage
 from .survey import Survey
 from .sweep import Clock, Step, Sweep
 
+SECONDS_FILE = "seconds.json"
+
 
 class Run:
     """A recipe on a checkpoint.
@@ -55,7 +57,7 @@ class Run:
         self.ids = ids
         self.work = work
         self.progress = progress
-        self.clock = Clock(work / "seconds.json")
+        self.clock = Clock(work / SECONDS_FILE)
         self._outcomes: list[dict[str, Any]] = []
 
     @disabled()  # native kernels round activations to integers: statistics would depend on the machine

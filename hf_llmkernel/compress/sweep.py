@@ -9,6 +9,7 @@ Reading order: run -> top -> blocks -> one block -> what is on the disk.
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -186,6 +187,8 @@ class Sweep:
             walk = Walk(self.source.config, self.folder, *self.ids.shape)
             walk.take_up(done, embedder(self._embedding, self.ids))
             done = walk.index
+        if done and self.progress:
+            print(f"going on from block {done + 1} of {self.count}", file=sys.stderr)
         reference = self._reference(walk)
         with tqdm(total=self.count, initial=done, desc="compressing", unit="block", disable=not self.progress) as bar:
             for index in range(done, self.count):

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from hf_llmkernel import cli
 from hf_llmkernel.compress import Recipe, compress, preview
 from hf_llmkernel.compress.command import ranges, result_text
+from hf_llmkernel.compress.disk import write_json
 from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
 
 from .conftest import TINY, save_tiny
@@ -192,7 +193,15 @@ def test_a_recipe_that_cannot_be_read_is_one_line_and_2(content, tiny, tmp_path,
 def test_an_unfinished_run_of_another_recipe_is_one_line_and_2(tiny, recipe, tmp_path, capfd, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("hf_llmkernel.compress.sweep.write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        files = []
+
+        def full_at_the_third(path, content):
+            files.append(path)
+            if len(files) == 3:  # a block and the seconds are written
+                raise OSError(28, "full")
+            write_json(path, content)
+
+        patch.setattr("hf_llmkernel.compress.sweep.write_json", full_at_the_third)
         assert run(capfd, tiny, "--recipe", recipe(*STAGES), "--output", out)[0] == 1
     code, _, errors = run(capfd, tiny, "--recipe", recipe(STAGES[0]), "--output", out)
     assert code == 2

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from hf_llmkernel import cli
 from hf_llmkernel.checkpoint import output
 from hf_llmkernel.compress import compress, disk, pipeline, run, sweep
+from hf_llmkernel.convert import source
 
 from .conftest import save_tiny
 
@@ -207,6 +208,20 @@ def test_the_seconds_of_all_attempts_count_and_the_second_says_that_it_goes_on(
     assert f"going on with the run that left {tmp_path / 'out.part'}" in capfd.readouterr().err
 
 
+def test_a_run_that_goes_on_within_a_sweep_says_from_which_block(tmp_path, dense, recipe, monkeypatch, capfd):
+    def stop_at_the_second(self, block):
+        if block.index == 1:
+            raise Stopped
+        write(self, block)
+
+    write = sweep.Sweep._write_block
+    interrupted(monkeypatch, sweep.Sweep, "_write_block", dense, recipe, tmp_path / "out", stop_at_the_second)
+    assert "going on" not in capfd.readouterr().err
+    compress(dense, recipe, tmp_path / "out")
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("going on from")]
+    assert said == ["going on from block 2 of 2"]
+
+
 def test_another_recipe_source_or_text_is_named_and_the_part_stays(tmp_path, dense, recipe, text, whole, monkeypatch):
     words = tmp_path / "words.txt"
     shutil.copy(text, words)
@@ -215,10 +230,10 @@ def test_another_recipe_source_or_text_is_named_and_the_part_stays(tmp_path, den
     before = digests(tmp_path / "out.part")
     save_tiny(tmp_path / "other", seed=1, hidden_size=16, intermediate_size=32)
 
-    def refused(what: str, source, changed) -> None:
+    def refused(what: str, model, changed) -> None:
         message = f"out.part: holds an unfinished run of another {what}; give the same one to go on, or remove that"
         with pytest.raises(ValueError, match=message):
-            compress(source, changed, tmp_path / "out", progress=False)
+            compress(model, changed, tmp_path / "out", progress=False)
         assert digests(tmp_path / "out.part") == before
 
     refused("recipe", dense, {**recipe, "stages": STAGES[:-1]})
@@ -231,6 +246,44 @@ def test_another_recipe_source_or_text_is_named_and_the_part_stays(tmp_path, den
     compress(dense, recipe, tmp_path / "out", progress=False)
     names = set(whole) - {"recipe.yaml"}  # which names the text
     assert {name: digests(tmp_path / "out")[name] for name in names} == {name: whole[name] for name in names}
+
+
+def test_a_part_in_which_nothing_is_finished_is_taken_over_whatever_it_was_of(
+    tmp_path, dense, recipe, whole, monkeypatch, capfd
+):
+    def killed(self):
+        shutil.copytree(tmp_path / "out.part", tmp_path / "left")
+        raise Stopped
+
+    other = {"stages": [{"quantize": {"bits": 4}}]}
+    interrupted(monkeypatch, run.Run, "run", dense, other, tmp_path / "out", killed)
+    assert not (tmp_path / "out.part").exists()
+    (tmp_path / "left").rename(tmp_path / "out.part")
+    assert (tmp_path / "out.part" / "work" / "run.json").is_file()
+    compress(dense, recipe, tmp_path / "out")
+    assert digests(tmp_path / "out") == whole
+    assert "going on" not in capfd.readouterr().err
+
+
+def test_source_recipe_and_texts_are_checked_before_anything_is_written(tmp_path, dense, recipe, monkeypatch):
+    compress(dense, {"stages": [{"quantize": {"bits": 8}}]}, tmp_path / "int8", progress=False)
+    for module, name in ((pipeline, "output_folder"), (pipeline, "convert_checkpoint")):
+        monkeypatch.setattr(module, name, stop)
+    monkeypatch.setattr(source, "_download", lambda *_: (_ for _ in ()).throw(ConnectionError("no Hub")))
+    other = {"stages": [{"quantize": {"bits": 4}}]}
+    no_text = {**recipe, "calibration": {"source": "/nowhere.txt", "length": 32}}
+    for error, message, model, changed in (
+        (ConnectionError, "no Hub", "no/model", recipe),
+        (ValueError, "source=/no/model: is neither a folder", "/no/model", {"stages": "unreadable"}),
+        (ValueError, "/nowhere.txt", dense, no_text),
+        (ValueError, "layers=.0, 9. is beyond", dense, {"stages": [{"quantize": {"bits": 8, "layers": [0, 9]}}]}),
+        (ValueError, "self_attn.q_proj is stored as int8, groups of 64", tmp_path / "int8", other),
+    ):
+        with pytest.raises(error, match=message):
+            compress(model, changed, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="int8: exists and is not empty"):
+        compress(dense, {"stages": "unreadable"}, tmp_path / "int8", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["int8"]
 
 
 @pytest.mark.parametrize(
