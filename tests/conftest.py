@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Equality to the bit is stated of torch; tests/kernels turns the native kernels on.
 os.environ["LLMKERNEL_KERNELS"] = "off"
+os.environ["LLMKERNEL_PATHS"] = "native"  # where they are on, whatever another path would take here
 # Dynamic modules, tokens and downloads of one worker: neither the user's own nor another worker's.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf_llmkernel-tests-")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

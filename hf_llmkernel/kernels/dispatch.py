@@ -8,8 +8,9 @@ import torch
 from . import library, step
 from .layout import Layout, packed_layout
 from .ops import OPERATORS
+from .paths import PATHS
 
-INTERFACE = 1  # of what is below, for a checkpoint's own copy of the model's files may be older or newer
+INTERFACES = (1, 2)  # of what is below, for a checkpoint's own copy of the model's files may be older or newer
 
 
 class Kernels:
@@ -29,6 +30,11 @@ class Kernels:
             and not (input.requires_grad and torch.is_grad_enabled())
         )
 
+    def takes(self, input: torch.Tensor, layout: Layout) -> bool:
+        """Whether native linears are the faster path for so many rows."""
+        kind, out_features, in_features = layout.description[:3]
+        return PATHS.takes(kind, out_features, in_features, input.numel() // max(in_features, 1))
+
     def layout(
         self, stored: Mapping[str, torch.Tensor], form: Any, out_features: int, in_features: int
     ) -> Layout | None:
@@ -42,4 +48,4 @@ class Kernels:
 
 def native_kernels(interface: int) -> Kernels | None:
     """The kernels, or `None` where the library is not there, or speaks another interface than the caller."""
-    return Kernels() if library.NATIVE is not None and interface == INTERFACE else None
+    return Kernels() if library.NATIVE is not None and interface in INTERFACES else None

@@ -25,8 +25,10 @@ from . import library
 from .cache import CACHES, roomy, start, static_place
 from .layout import Layout, dense_layout, linear_of, stored_weight
 from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
+from .paths import PATHS
 
 MOST_SEQUENCES = 16  # of a decoding step, whose way of sharing out is for few rows
+FEW_TOKENS = 8  # of a sequence, which take the path of one: their logits are the same to the bit
 CHECKED_EVERY = 32  # tokens
 PLACE = 10  # numbers of an `llmk_cache`
 CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the length
@@ -50,6 +52,8 @@ class Plan:
     attending: list[int] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     vocabulary: int = 0
+    matrices: list[tuple[int, int]] = field(default_factory=list)  # kind and number of weights of each
+    native: dict[Any, bool] = field(default_factory=dict)  # whether it is the faster path, by rows and threads
     embeds: bool = False  # whether the native call looks tokens up itself
     hooked: bool = False
     cache: weakref[Cache] | None = None  # of the last step
@@ -65,6 +69,14 @@ class Plan:
         same = self.cache is not None and self.cache() is cache and seen == self.expected
         self.unchecked = self.unchecked + 1 if same else CHECKED_EVERY
         return self.unchecked < CHECKED_EVERY
+
+    def is_faster(self, batch: int, new: int) -> bool:
+        """Whether so many rows take less time here than through torch."""
+        rows = 1 if batch == 1 and new <= FEW_TOKENS else batch * new
+        key = rows, library.isa(), library.threads()
+        if key not in self.native:
+            self.native[key] = PATHS.takes_step(self.matrices, len(self.layers), rows)
+        return self.native[key]
 
     def stepped(self, cache: Cache, seen: int) -> None:
         self.expected = seen
@@ -148,6 +160,8 @@ def _step(
     if plan.model is None or plan.hooked or plan.watched.takes_gradients():
         return None
     batch, new = input_ids.shape
+    if not plan.is_faster(batch, new):
+        return None
     mask = _seen_tokens(attention_mask, batch, seen, new)
     positions = _positions(position_ids, batch, seen, new)
     if mask is NotImplemented or positions is None:
@@ -380,6 +394,7 @@ def _floats(tensor: Any, plan: Plan) -> int:
 
 def _linear(module: Any, plan: Plan) -> Linear:
     layouts = [_layout(factor) for factor in _factors(module)]
+    plan.matrices += [(kind, rows * columns) for kind, rows, columns, *_ in (layout.description for layout in layouts)]
     bias = None if module.bias is None else module.bias.detach().float().contiguous()
     plan.kept += [*layouts, bias]
     return linear_of(layouts[0], layouts[1] if len(layouts) == 2 else None, bias)

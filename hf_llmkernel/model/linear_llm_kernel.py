@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 try:  # where the package is installed with its native library
     from hf_llmkernel.kernels.dispatch import native_kernels
 
-    KERNELS = native_kernels(interface=1)
+    KERNELS = native_kernels(interface=2)
 except ImportError:
     KERNELS = None
 
@@ -335,16 +335,26 @@ class DerivedWeight(torch.Tensor):
     Adapters read `weight` for shape, dtype and device; merging one writes into it.
     """
 
+    remedy = "keep the adapter apart, or merge it into the dense checkpoint and compress that"
+
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         in_place = name.startswith("__i") if name.startswith("__") else name.endswith("_")
         if name == "__set__" or (in_place and name not in ("__index__", "__int__", "__invert__")):
             raise ValueError(
-                "weight: this linear is stored compressed and an edit in place would be lost; keep the adapter apart, "
-                "or merge it into the dense checkpoint and compress that."
+                f"weight: this linear is stored compressed and an edit in place would be lost; {cls.remedy}."
             )
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class DerivedProduct(DerivedWeight):
+    """The dense weight of a low-rank linear."""
+
+    remedy = (
+        "it is low-rank: keep the adapter apart, or attach one that is to be merged to its two factors, as in "
+        "target_modules=['q_proj.a', 'q_proj.b']"
+    )
 
 
 class PackedWeight(nn.Module):
@@ -480,7 +490,8 @@ class PackedLinear(PackedWeight, nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         # What is compiled or exported is of torch's own operations.
         kernels = kernels_in_use()
-        if kernels is not None and kernels.serves(input) and (layout := self.kernel_layout()) is not None:
+        layout = self.kernel_layout() if kernels is not None and kernels.serves(input) else None
+        if layout is not None and kernels.takes(input, layout):
             return kernels.linear(input, layout, self.bias)
         needs_backward = input.requires_grad and torch.is_grad_enabled()  # which products on CUDA do not have
         if not needs_backward and (weight := self.cuda_layout(input.dtype)) is not None:
@@ -560,10 +571,10 @@ class LowRankLinear(nn.Linear):
         return self.b.bias
 
     @property
-    def weight(self) -> DerivedWeight:
+    def weight(self) -> DerivedProduct:
         """The dense weight `[O, I]`, read-only."""
         a, b = decoded_weight(self.a), decoded_weight(self.b)
-        return (b @ a.to(b.dtype)).detach().as_subclass(DerivedWeight)
+        return (b @ a.to(b.dtype)).detach().as_subclass(DerivedProduct)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return self.b(self.a(input))
