@@ -8,6 +8,7 @@ Shapes: O out_features, I in_features.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..model.modeling_llm_kernel import check_quantized_tensors
+from ..model.modeling_llm_kernel import CAST_FILTER, CAST_LOGGER, check_quantized_tensors
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256  # values of a scale, and scales of a scale
@@ -87,8 +88,13 @@ class BitsAndBytes:
 
     @property
     def name(self) -> str:
-        """It in a few words."""
+        """It in a column of a table."""
         return f"bnb {self.quant_type}{' double' if self.double_quant else ''}"
+
+    @property
+    def words(self) -> str:
+        """It in a sentence."""
+        return f"bitsandbytes {self.quant_type}{' with double quantization' if self.double_quant else ''}"
 
     def stored_tensors(self, out_features: int, in_features: int, dtype: torch.dtype | None = None) -> Tensors:
         """Names, shapes and dtypes of what is stored for a linear, bias apart.
@@ -142,6 +148,7 @@ class BitsAndBytes:
         whole = (plain.out_features, plain.in_features)
         check_quantized_tensors(name, whole, self.quant_type, values, stored.__getitem__)
         shape = {"input_features": plain.in_features, "output_features": plain.out_features, "bias": False}
+        logging.getLogger(CAST_LOGGER).addFilter(CAST_FILTER)
         if self.is_four_bit:
             compute = getattr(torch, self.compute_dtype)
             linear = modules.Linear4bit(**shape, compute_dtype=compute, device="meta")

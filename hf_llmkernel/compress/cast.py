@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..checkpoint.model_folder import EXACT_SUFFIXES
+from ..checkpoint.precision import cast_values
 from ..checkpoint.reader import CheckpointReader
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .block import Block
@@ -112,19 +113,3 @@ class Precision:
 def is_cast(name: str, dtype: torch.dtype) -> bool:
     """Whether a tensor follows the model's dtype."""
     return dtype.is_floating_point and name.rpartition(".")[2] not in EXACT_SUFFIXES
-
-
-def cast_values(values: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, int]]:
-    """Values in a dtype, those beyond its range as its largest number, and how many lost what."""
-    range_ = torch.finfo(dtype)
-    rounded = values.to(dtype)
-    overflowed = rounded.isinf()
-    clamped = values.clamp(range_.min, range_.max).to(dtype) if overflowed.any() else rounded
-    small = rounded.abs() < range_.smallest_normal
-    gone = (rounded == 0) & (values != 0)
-    kept = small & (rounded != 0)
-    return clamped, {
-        "overflowed": int(overflowed.sum()),
-        "underflowed": int(gone.sum()),
-        "subnormal": int((kept & (rounded.to(values.dtype) != values)).sum()),
-    }

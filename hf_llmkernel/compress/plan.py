@@ -14,7 +14,7 @@ import torch
 from ..checkpoint.bitsandbytes import BitsAndBytes
 from ..evaluate.layout import norm_shapes, slots, stored_values
 from ..model.configuration_llm_kernel import LAYER_FIELDS, LLMKernelConfig
-from .stage import Stage
+from .stage import Stage, UnfitForm
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ def plan_stages(
     config.dtype = dtype
     for stage in stages:
         if quantization := BitsAndBytes.of(config):
-            raise ValueError(
-                f"{stage.name}: linears are stored as {quantization.name} by then; make bitsandbytes the last stage, "
-                "or start from a floating checkpoint."
-            )
+            raise ValueError(f"{stage.name}: {_quantized_before(quantization, bool(planned))}")
         if planned and stages[len(planned) - 1].writes_whole and not stage.writes_whole:
             before = stages[len(planned) - 1].name
             raise ValueError(f"{stage.name}: comes behind {before}, which works when all is written; put it before.")
@@ -57,6 +54,7 @@ def plan_stages(
             raise ValueError(f"{stage.name}: comes twice, and works when all is written; leave one out.")
         stage.check_choice(config)
         config, result = plan_stage(config, stage)
+        stage.check_result(result)
         planned.append(Planned(config, result, *stored_sizes(config, cast(torch.dtype, config.dtype), has_head)))
     return planned
 
@@ -67,12 +65,27 @@ def plan_stage(config: LLMKernelConfig, stage: Stage) -> tuple[LLMKernelConfig, 
     config = config if len(kept) == config.num_hidden_layers else keep_layers(config, kept)
     layers = own_layers(config)
     targets = stage.assume(layers)
-    results = {index: stage.plan(layer, targets[index]) for index, layer in enumerate(layers) if stage.covers(index)}
+    covered = [index for index in range(len(layers)) if stage.covers(index)]
+    results = {index: _plan_layer(stage, index, layers[index], targets[index]) for index in covered}
     config = copy.deepcopy(config)
     stage.plan_top(config)
     config = merge_layers(config, layers)
     stage.plan_whole(config)
     return config, variants(results)
+
+
+def _plan_layer(stage: Stage, index: int, layer: LLMKernelConfig, target: Any) -> dict[str, Any]:
+    try:
+        return stage.plan(layer, target)
+    except UnfitForm as unfit:
+        raise unfit.in_layer(index) from None
+
+
+def _quantized_before(quantization: BitsAndBytes, by_a_stage: bool) -> str:
+    """Why no stage comes after linears were stored as bitsandbytes stores them."""
+    if by_a_stage:
+        return "comes after the stage bitsandbytes, which has to be the last; put it before."
+    return f"the checkpoint is quantized already ({quantization.words}); start from the floating checkpoint."
 
 
 def variants(results: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

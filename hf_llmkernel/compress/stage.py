@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 
-from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
+from ..convert.families import describe_stored
+from ..model.configuration_llm_kernel import LLMKernelConfig
 from .block import SITES, Block, matrix_form, matrix_names, module_path, present_linears
 from .inputs import InputStatistic
 
@@ -122,6 +123,9 @@ class Stage:
         if not self.chosen(names) and not self.embeddings:
             raise ValueError(f"{self.name}: include and exclude leave none of {list(names)}; leave the stage out.")
 
+    def check_result(self, result: list[dict[str, Any]]) -> None:
+        """Raises `ValueError` where what it plans for all layers is nothing."""
+
     def decide(self, survey: "Survey") -> dict[str, Any]:
         """What a global stage decides, of types of JSON: `{"targets": one a layer, …}`, or tensors: `Survey.keep`."""
         raise TypeError(f"{type(self).__name__} decides nothing")
@@ -204,6 +208,10 @@ class MatrixStage(Stage):
         for name in self.chosen(block.matrices(site)):
             self.change(block, name, None if inputs is None else matrix_inputs(block, name, inputs), target)
 
+    def check_result(self, result: list[dict[str, Any]]) -> None:
+        if not self.embeddings and all(variant.get("matrices") == [] for variant in result):
+            raise ValueError(f"{self.name}: finds no matrix to work on in the layers it takes; leave the stage out.")
+
     def plan_matrix(self, layer: LLMKernelConfig, name: str, target: Any) -> dict[str, Any]:
         """Gives one matrix of a layer's configuration its new form; returns what is worth reporting."""
         raise TypeError(f"{type(self).__name__} does not say what form it makes")
@@ -219,15 +227,23 @@ def matrix_inputs(block: Block, name: str, inputs: InputStatistic) -> InputStati
     return inputs.through(block.weight(f"{leaf}.a").to(inputs.sums.device)) if factor == "b" else inputs
 
 
+class UnfitForm(ValueError):
+    """A matrix is stored in a form that a stage cannot work on; its path is that in the layer."""
+
+    def __init__(self, stage: str, path: str, reason: str):
+        super().__init__(f"{stage}: {path} {reason}")
+        self.parts = (stage, path, reason)
+
+    def in_layer(self, index: int) -> ValueError:
+        """The same with the layer's number."""
+        stage, path, reason = self.parts
+        return ValueError(f"{stage}: layers.{index}.{path} {reason}")
+
+
 def refuse_form(stage: str, layer: LLMKernelConfig, name: str, remedy: str) -> None:
-    """Raises `ValueError`: a matrix is stored in a form that a stage cannot work on."""
-    form = matrix_form(layer, name).to_dict()
-    raise ValueError(f"{stage}: {name} is stored as { {k: v for k, v in form.items() if k != 'version'} }; {remedy}")
-
-
-def own_form(form: LinearForm) -> dict[str, Any]:
-    """A form's own entries, for a report."""
-    return {key: value for key, value in form.to_dict().items() if key != "version"}
+    """Raises `UnfitForm` for a matrix of a layer."""
+    form = describe_stored(matrix_form(layer, name))
+    raise UnfitForm(stage, module_path(name), f"is stored as {form}; {remedy}")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -76,6 +76,9 @@ def render_convert(result: dict[str, Any]) -> str:
     if result["dropped"]:
         lines.append(f"Not written, for the model does not need them: {', '.join(result['dropped'])}")
     lines += [f"Note: {note}." for note in result["notes"]]
+    if lost := result["precision"]:
+        counts = f"{lost['underflowed']} underflowed, {lost['subnormal']} subnormal"
+        lines.append(f"{lost['dtype']}: of {lost['values']} values that were cast {counts}")
     if result["ignored_fields"]:
         lines.append(f"Fields of config.json that its classes do not read: {', '.join(result['ignored_fields'])}")
     return "\n".join(lines)

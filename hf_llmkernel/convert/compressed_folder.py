@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,7 +20,7 @@ from ..model.linear_llm_kernel import INT4_OFFSET, pack_nibbles
 from . import compressed_tensors as ct
 from .conversion import DTYPES, Conversion, count_parameters
 from .derived import Derived, DerivedTensors
-from .families import describe_form, nearest_family, obstacles, refuse_obstacles, to_stock
+from .families import describe_form, describe_stored, nearest_family, obstacles, refuse_obstacles, to_stock
 from .matrices import Matrix, matrices
 from .names import HEADS, Plan, canonical, tensors_of
 from .own_checkpoint import OwnCheckpoint, read_own_config
@@ -132,13 +133,24 @@ def _notes(config: LLMKernelConfig, dtype: torch.dtype) -> list[str]:
 
 
 def _differing_schemes(config: LLMKernelConfig) -> list[str]:
-    """The first layer whose linears on the same inputs, which vLLM fuses, have several schemes."""
-    for index, layer in enumerate(config.per_layer_config):
-        for names in FUSED:
-            forms = [layer.linear_form(name) for name in names]
-            if len({(form.bits, form.group_size, form.symmetric) for form in forms}) > 1:
-                return [f"layer {index}: {', '.join(names)} differ, and vLLM, which fuses them, refuses that"]
-    return []
+    """Who does not read the folder where linears on the same inputs, which vLLM fuses, have several schemes."""
+    found = [
+        (index, {name: layer.linear_form(name) for name in names})
+        for index, layer in enumerate(config.per_layer_config)
+        for names in FUSED
+        if len({_scheme_of(layer, name) for name in names}) > 1
+    ]
+    if not found:
+        return []
+    index, forms = found[0]
+    own = ", ".join(f"{name} {describe_stored(form)}" for name, form in forms.items())
+    others = f"; {len(found) - 1} more like it" if len(found) > 1 else ""
+    return [f"vLLM will not load this, transformers does: it fuses linears that differ (layer {index}: {own}{others})"]
+
+
+def _scheme_of(layer: Any, name: str) -> ct.Scheme | None:
+    form = layer.linear_form(name)
+    return None if form.bits == 16 else ct.Scheme.of_form(form, layer.linear_shapes()[name][1])
 
 
 # In

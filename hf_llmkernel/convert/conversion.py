@@ -1,6 +1,7 @@
 """What a conversion did, and the copying of its tensors: a stream from one checkpoint into another one."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..checkpoint import CheckpointWriter, check_disk_space, is_finite
+from ..checkpoint.precision import cast_values
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .matrices import matrices
 from .names import Plan, Tensors
@@ -36,6 +38,7 @@ class Conversion:
     dropped: list[str] = field(default_factory=list)
     ignored_fields: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    precision: dict[str, Any] | None = None  # what casting lost, counted: `dtype`, `values`, `underflowed`, `subnormal`
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,8 +73,11 @@ def write_tensors(
     shard_bytes: int,
     progress: bool,
     verb: str,
-) -> list[str]:
-    """Copies the tensors of a plan piece by piece, cast if a dtype is given, and returns the names of the files.
+) -> tuple[list[str], dict[str, Any] | None]:
+    """Copies the tensors of a plan piece by piece, cast if a dtype is given.
+
+    Returns:
+        The names of the files, and `Conversion.precision`.
 
     Raises:
         ValueError: a tensor that is not finite, before or after the cast.
@@ -81,12 +87,15 @@ def write_tensors(
     sizes = {name: count_values(tensors, key) * kept[name].itemsize for name, key in plan.copies.items()}
     check_disk_space(folder, sum(sizes.values()) + SMALL_FILES_BYTES)
     writer = CheckpointWriter(folder, shard_bytes)
+    lost: Counter[str] = Counter()
     bar = tqdm(total=sum(sizes.values()), desc=verb, unit="B", unit_scale=True, mininterval=0.5, disable=not progress)
     with bar, writer:
         for name, key in plan.copies.items():
-            blocks = _cast(tensors.blocks(key), key, kept[name], tensors.file(key), bar.update)
-            writer.add_blocks(name, kept[name], tensors.shape(key), blocks)
-    return sorted(path.name for path in folder.glob("*.safetensors"))
+            blocks = _cast(tensors.blocks(key), key, kept[name], tensors.file(key), lost)
+            writer.add_blocks(name, kept[name], tensors.shape(key), _counted(blocks, bar.update))
+    counts = {name: lost[name] for name in ("values", "underflowed", "subnormal")}
+    precision = {"dtype": str(dtype).removeprefix("torch."), **counts} if lost["values"] else None
+    return sorted(path.name for path in folder.glob("*.safetensors")), precision
 
 
 def _written_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
@@ -96,12 +105,22 @@ def _written_dtype(name: str, stored: torch.dtype, dtype: torch.dtype | None) ->
 
 
 def _cast(
-    blocks: Iterator[torch.Tensor], key: str, dtype: torch.dtype, file: Path, advance: Callable[[int], Any]
+    blocks: Iterator[torch.Tensor], key: str, dtype: torch.dtype, file: Path, lost: Counter[str]
 ) -> Iterator[torch.Tensor]:
+    """The pieces of a tensor in a dtype; `lost` counts the values cast, and what they lost."""
     for block in blocks:
-        cast = block.to(dtype)
-        if block.dtype != dtype and not is_finite(cast):
+        if block.dtype == dtype:
+            yield block
+            continue
+        cast, counts = cast_values(block, dtype)
+        if counts["overflowed"] or not is_finite(cast):
             name = str(dtype).removeprefix("torch.")
             raise ValueError(f"dtype={name}: {key} in {file} has values beyond its range; choose bfloat16 or float32.")
+        lost.update({"values": block.numel(), **counts})
         yield cast
-        advance(cast.nbytes)
+
+
+def _counted(blocks: Iterator[torch.Tensor], advance: Callable[[int], Any]) -> Iterator[torch.Tensor]:
+    for block in blocks:
+        yield block
+        advance(block.nbytes)

@@ -274,6 +274,15 @@ def describe_form(form: LinearForm) -> str:
     return " ".join([*sparsity, *([f"int{form.bits}"] if form.bits < 16 else [])]) or "dense"
 
 
+def describe_stored(form: LinearForm) -> str:
+    """A form in words, with how its integers share scales: `int4, groups of 64, zero points of uint8`."""
+    if form.rank is not None or form.bits == 16:
+        return describe_form(form)
+    scales = f"groups of {form.group_size}" if form.group_size else "one scale a row"
+    zeros = "" if form.symmetric else f", zero points of {form.zero_point_dtype}"
+    return f"{describe_form(form)}, {scales}{zeros}"
+
+
 def _switch_obstacles(config: LLMKernelConfig, family: Family) -> Iterator[str]:
     for name, default in SWITCHES.items():
         wanted = family.fixed.get(name, default)

@@ -78,7 +78,7 @@ def convert_checkpoint(
     check_output(output_dir)
     job = _prepare(source, head, dtype, gguf_file, revision, untie, keep_integers)
     with output_folder(output_dir) as folder:
-        files = write_tensors(job.tensors, job.plan, folder, job.cast, shard_bytes, progress, "converting")
+        files, precision = write_tensors(job.tensors, job.plan, folder, job.cast, shard_bytes, progress, "converting")
         tokenizer = _carry_over(job, folder)
         job.config.save_pretrained(folder)
     return Conversion(
@@ -94,6 +94,7 @@ def convert_checkpoint(
         dropped=job.plan.dropped,
         ignored_fields=sorted(set(fields_without_meaning(job.fields, job.stock)) - set(legacy_generation(job.fields))),
         notes=job.notes,
+        precision=precision,
         seconds=round(time.monotonic() - started, 2),
     )
 

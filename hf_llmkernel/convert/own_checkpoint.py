@@ -76,7 +76,7 @@ def read_own_config(folder: Path) -> LLMKernelConfig:
         raise ValueError(f"{path}: {one_line(error)}") from None
     if quantization := BitsAndBytes.of(config):
         raise ValueError(
-            f"{path}: the linears are stored as {quantization.name}, which no export has; export the checkpoint they "
+            f"{path}: the linears are stored as {quantization.words}, which no export has; export the checkpoint they "
             "were made from, or load it, dequantize() and save it first."
         )
     return config

@@ -59,7 +59,7 @@ def write_stock(
 ) -> Conversion:
     """Writes the tensors of a plan, a stock configuration, and the files that travel with them."""
     with output_folder(export.output) as part:
-        files = write_tensors(tensors, plan, part, dtype, export.shard_bytes, export.progress, "exporting")
+        files, precision = write_tensors(tensors, plan, part, dtype, export.shard_bytes, export.progress, "exporting")
         copy_companions(export.folder, part)
         stock.save_pretrained(part)
     return Conversion(
@@ -74,5 +74,6 @@ def write_stock(
         tokenizer=has_tokenizer(export.output),
         dropped=plan.dropped,
         notes=notes or [],
+        precision=precision,
         seconds=round(time.monotonic() - started, 2),
     )

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_llmkernel import compress
 from hf_llmkernel.checkpoint.model_folder import ModelFolder
-from hf_llmkernel.compress.cast import Cast, Precision, cast_values
+from hf_llmkernel.checkpoint.precision import cast_values
+from hf_llmkernel.compress.cast import Cast, Precision
 from hf_llmkernel.compress.plan import plan_stages
 from hf_llmkernel.compress.recipe import Recipe
 from tests.compress.conftest import save_tiny
@@ -113,7 +114,7 @@ def test_the_plan_is_in_the_new_bytes(tiny):
         ([{"cast": {"dtype": "float16", "overflow": "wrap"}}], "overflow='wrap': must be one of"),
         ([{"cast": {"dtype": "float16", "include": ["q_proj"]}}], "include, exclude and layers: a model has one dtype"),
         ([{"cast": {"dtype": "float16"}}, {"quantize": {"bits": 8}}], "quantize: comes behind cast"),
-        ([{"bitsandbytes": {}}, {"cast": {"dtype": "float16"}}], "cast: linears are stored as bnb nf4"),
+        ([{"bitsandbytes": {}}, {"cast": {"dtype": "float16"}}], "cast: comes after the stage bitsandbytes"),
     ],
 )
 def test_bad_settings_are_refused(tiny, tmp_path, stages, fault):

@@ -107,16 +107,16 @@ VALUES = {
 # What every stage cannot do, and the beginning of what it says: of a dense model, or of one whose linears are int8.
 REFUSED = {
     "drop_layers": ("dense", {"count": 2}, "drop_layers: count=2 of 2 layers leaves none"),
-    "prune_hidden": ("int8", RUNS["prune_hidden"][0], "prune_hidden: q_proj is stored as .*'bits': 8"),
-    "prune_heads": ("int8", HEADS, "prune_heads: o_proj is stored as .*'bits': 8"),
-    "prune_ffn": ("int8", FFN, "prune_ffn: down_proj is stored as .*'bits': 8"),
-    "refit": ("int8", {}, "refit: o_proj is stored as .*'bits': 8"),
-    "factorize": ("int8", {"ratio": 0.3, "align": 4}, "factorize: q_proj is stored as .*'bits': 8"),
-    "sparsify": ("int8", {"sparsity": 0.5}, "sparsify: q_proj is stored as .*'bits': 8"),
-    "quantize": ("int8", {"bits": 4}, "quantize: q_proj is stored as .*'bits': 8"),
-    "bitsandbytes": ("int8", {}, "bitsandbytes: q_proj is stored as .*'bits': 8"),
+    "prune_hidden": ("int8", RUNS["prune_hidden"][0], "prune_hidden: layers.0.*q_proj is stored as int8, "),
+    "prune_heads": ("int8", HEADS, "prune_heads: layers.0.self_attn.o_proj is stored as int8, "),
+    "prune_ffn": ("int8", FFN, "prune_ffn: layers.0.mlp.down_proj is stored as int8, "),
+    "refit": ("int8", {}, "refit: layers.0.self_attn.o_proj is stored as int8, "),
+    "factorize": ("int8", {"ratio": 0.3, "align": 4}, "factorize: layers.0.*q_proj is stored as int8, "),
+    "sparsify": ("int8", {"sparsity": 0.5}, "sparsify: layers.0.self_attn.q_proj is stored as int8, "),
+    "quantize": ("int8", {"bits": 4}, "quantize: layers.0.*q_proj is stored as int8, "),
+    "bitsandbytes": ("int8", {}, "bitsandbytes: layers.0.self_attn.q_proj is stored as int8, "),
     "cast": ("dense", {"dtype": "float16", "layers": [0, 1]}, "(recipe: )?cast: include, exclude and layers: a model"),
-    "search": ("int8", RUNS["search"][0], r"search: choices\[0\]: quantize: q_proj is stored as .*'bits': 8"),
+    "search": ("int8", RUNS["search"][0], r"search: choices\[0\]: quantize: layers.0.*q_proj is stored as int8, "),
 }
 COMPOSED = [
     {"drop_layers": {"count": 1, "metric": "block_influence"}},

@@ -252,8 +252,8 @@ def damaged_copy(folder, target, change):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([INT8, PRUNE], "prune_ffn: down_proj is stored as .*prune before sparsify"),
-        ([INT8, INT8], "quantize: q_proj is stored as"),
+        ([INT8, PRUNE], "prune_ffn: layers.0.mlp.down_proj is stored as int8, .*prune before sparsify"),
+        ([INT8, INT8], "quantize: layers.0.self_attn.q_proj is stored as int8"),
         ([{"prune_ffn": {"ratio": 0.25}}], "ratio=0.25: of 64 leaves 48"),
         ([{"quantize": {"bits": 8, "layers": [0, 4]}}], r"layers=\[0, 4\] is beyond the 3 layers"),
     ],

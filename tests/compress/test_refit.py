@@ -98,7 +98,7 @@ def test_nothing_changes_where_nothing_was_lost(tmp_path, tiny, text):
 
 
 def test_forms_that_cannot_be_are_refused_before_any_work(tmp_path, tiny, text):
-    with pytest.raises(ValueError, match="refit: o_proj is stored as .*before sparsify"):
+    with pytest.raises(ValueError, match="refit: layers.0.self_attn.o_proj is stored as .*before sparsify"):
         sparse = {"sparsify": {"pattern": "2:4", "method": "magnitude"}}
         compress(tiny, recipe_for(text, sparse, "refit"), tmp_path / "out", progress=False)
     with pytest.raises(ValueError, match="dampening=-1"):

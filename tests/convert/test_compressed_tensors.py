@@ -13,6 +13,7 @@ from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.checkpoint import CheckpointReader
 from hf_llmkernel.cli import main
 from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
+from hf_llmkernel.convert.command import render_export
 from hf_llmkernel.convert.compressed_tensors import pack_words, unpack_words
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm
 
@@ -122,7 +123,12 @@ def test_forms_that_differ_are_told_apart(tmp_path):
     quantization = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert [len(group["targets"]) for group in quantization["config_groups"].values()] == [6, 3, 1]
     assert "lm_head" in quantization["ignore"] and "model.layers.1.mlp.down_proj" in quantization["ignore"]
-    assert report.notes == ["layer 1: gate_proj, up_proj differ, and vLLM, which fuses them, refuses that"]
+    form = {"gate_proj": "int4, one scale a row", "up_proj": "int4, groups of 16"}
+    own = ", ".join(f"{name} {words}" for name, words in form.items())
+    assert report.notes == [
+        f"vLLM will not load this, transformers does: it fuses linears that differ (layer 1: {own})"
+    ]
+    assert f"Note: {report.notes[0]}." in render_export(report.to_dict()).splitlines()
     assert_same_output(ours, load_theirs(tmp_path / "out", dtype=torch.float32))
     convert_checkpoint(tmp_path / "out", tmp_path / "back")
     assert_same_tensors(tmp_path / "ours", tmp_path / "back")
@@ -174,6 +180,27 @@ def test_the_one_dtype_of_the_format(tmp_path, scale_dtype, dtype, written):
     assert torch.equal(scales, ours.model.layers[2].mlp.down_proj.scales.to(theirs.dtype))
     if dtype is None:
         assert_same_output(ours.float(), load_theirs(tmp_path / "out", dtype=torch.float32))
+
+
+def test_what_the_one_dtype_loses_is_counted(tmp_path):
+    save_packed(tmp_path / "fp32", dict.fromkeys(LINEARS, {**INT4, "scale_dtype": "float16"}))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours.model.norm.weight[:3] = torch.tensor([1e-9, 1e-5, 3.0])  # gone, of fewer bits, exact
+    ours.save_pretrained(tmp_path / "ours")
+    floating = [t for t in load_file(tmp_path / "ours/model.safetensors").values() if t.dtype == torch.bfloat16]
+    counts = {"values": 0, "underflowed": 0, "subnormal": 0}
+    for value in torch.cat([tensor.flatten() for tensor in floating]).tolist():
+        half = float(torch.tensor(value).half())
+        counts["values"] += 1
+        counts["underflowed"] += half == 0 and value != 0
+        counts["subnormal"] += 0 < abs(half) < 2**-14 and half != value
+    report = export_checkpoint(tmp_path / "ours", tmp_path / "out", to="compressed-tensors")
+    assert report.precision == {"dtype": "float16", **counts} and 1 <= counts["underflowed"] < counts["values"]
+    said = f"float16: of {counts['values']} values that were cast {counts['underflowed']} underflowed, "
+    assert said in render_export(report.to_dict())
+    kept = export_checkpoint(tmp_path / "fp32", tmp_path / "kept", to="compressed-tensors", dtype="float32")
+    assert kept.precision is None or kept.precision["underflowed"] == 0
 
 
 def test_every_bit_is_where_the_package_has_it():

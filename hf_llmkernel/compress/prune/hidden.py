@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 
 from ... import processes
 from ...checkpoint.model_folder import in_fp32
+from ...convert.families import describe_stored
 from ...model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..block import SITES, SUBLAYER_MODULES, Block, matrix_form, matrix_names, module_path, present_linears
 from ..disk import write_tensors
 from ..inputs import InputStatistic
 from ..plan import plan_stage, stored_sizes
 from ..registry import register
-from ..stage import Stage, own_form, refuse_form
+from ..stage import Stage, refuse_form
 from ..walk import accelerator
 from .hidden_rotation import (
     Rotation,
@@ -121,7 +122,8 @@ class PruneHidden(Stage):
             form = LinearForm.from_dict(getattr(config, name))
             if not all(factor.is_dense for factor in (form.factors if form.rank else (form,))):
                 raise ValueError(
-                    f"{self.name}: {name} is {own_form(form)}; prune before sparsify and quantize, which leave it out."
+                    f"{self.name}: {name} is stored as {describe_stored(form)}; prune before sparsify and quantize, "
+                    "which leave it out."
                 )
             self._check_rank(form, name, config.hidden_size)
         if self._unties(config):

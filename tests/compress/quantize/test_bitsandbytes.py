@@ -105,9 +105,12 @@ def test_the_inventory_names_forms_and_finds_other_tensors(written):
 @pytest.mark.parametrize(
     ("stages", "fault"),
     [
-        ([{"bitsandbytes": {}}, {"quantize": {"bits": 8}}], "quantize: linears are stored as bnb nf4"),
-        ([{"bitsandbytes": {}}, {"bitsandbytes": {}}], "bitsandbytes: linears are stored as bnb nf4"),
-        ([{"quantize": {"bits": 8, "include": ["k_proj"]}}, {"bitsandbytes": {}}], "bitsandbytes: k_proj is stored as"),
+        ([{"bitsandbytes": {}}, {"quantize": {"bits": 8}}], "quantize: comes after the stage bitsandbytes"),
+        ([{"bitsandbytes": {}}, {"bitsandbytes": {}}], "bitsandbytes: comes after the stage bitsandbytes"),
+        (
+            [{"quantize": {"bits": 8, "include": ["k_proj"]}}, {"bitsandbytes": {}}],
+            "bitsandbytes: layers.0.self_attn.k_proj is stored as int8, groups of 64; start",
+        ),
         (
             [{"quantize": {"bits": 8, "include": ["k_proj"], "layers": [0, 1]}}, {"bitsandbytes": {"layers": [1, 3]}}],
             "bitsandbytes: layers.0.k_proj is sparse or integer",
@@ -136,13 +139,13 @@ def test_what_cannot_be_is_refused_before_any_work(source, tmp_path, text, stage
 
 
 def test_a_quantized_checkpoint_is_not_compressed_again(written, tmp_path):
-    with pytest.raises(ValueError, match="quantize: linears are stored as bnb"):
+    with pytest.raises(ValueError, match="quantize: the checkpoint is quantized already .bitsandbytes"):
         compress(written[1], {"stages": [{"quantize": {"bits": 4}}]}, tmp_path / "o")
 
 
 @pytest.mark.parametrize("to", ["llama", "compressed-tensors", "gguf"])
 def test_a_quantized_checkpoint_is_not_exported(written, tmp_path, to):
-    with pytest.raises(ValueError, match="config.json: the linears are stored as bnb"):
+    with pytest.raises(ValueError, match="config.json: the linears are stored as bitsandbytes"):
         export_checkpoint(written[1], tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
 

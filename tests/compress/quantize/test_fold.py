@@ -216,7 +216,7 @@ def test_a_method_rounds_the_scaled_weight_for_the_scaled_inputs():
 def test_a_matrix_that_is_integer_already_is_refused():
     layer = LLMKernelConfig(**TINY)
     Quantize(bits=8, include=("k_proj",)).plan(layer)
-    with pytest.raises(ValueError, match="k_proj is stored as .*'bits': 8.* fold='awq' scales its columns: leave"):
+    with pytest.raises(ValueError, match="k_proj is stored as int8, .* fold='awq' scales its columns: leave"):
         Quantize(bits=4, include=("q_proj",), fold="awq").plan(layer)
     Quantize(bits=4, include=("o_proj",), fold="awq").plan(layer)  # v_proj may be anything
 

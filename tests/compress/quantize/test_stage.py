@@ -73,7 +73,7 @@ def test_a_name_that_matches_nothing_is_refused(block):
 
 def test_what_is_packed_already_is_refused(block):
     Quantize(bits=8).plan(block.layer)
-    with pytest.raises(ValueError, match="q_proj is stored as .*'bits': 8.* quantized already"):
+    with pytest.raises(ValueError, match="q_proj is stored as int8, .* quantized already"):
         Quantize(bits=4).plan(block.layer)
 
 

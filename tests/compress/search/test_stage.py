@@ -234,7 +234,7 @@ def test_settings_that_cannot_be_are_named(text, settings, message):
 
 
 def test_choice_that_does_not_fit_the_model_is_named(tmp_path, tiny, text):
-    with pytest.raises(ValueError, match=r"search: choices\[1\]: quantize: q_proj is stored as"):
+    with pytest.raises(ValueError, match=r"search: choices\[1\]: quantize: layers.0.self_attn.q_proj is stored as int"):
         compress(tiny, recipe(text, bytes=0.5, choices=[[], [INT8, INT8]]), tmp_path / "out", progress=False)
     assert not (tmp_path / "out.part").exists()
 
