@@ -20,8 +20,10 @@ Shapes: B batch, T tokens, S cached and new tokens, H hidden_size, N heads, D he
 """
 
 import json
+import logging as stdlib_logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -403,11 +405,30 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         except AttributeError:
             return self.get_buffer(target)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        # The library keeps what is stored and only warns.
+        if (asked := kwargs.get("quantization_config")) is not None:
+            stored = config
+            if not isinstance(config, LLMKernelConfig):
+                hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+                stored = LLMKernelConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
+            refuse_other_quantization(getattr(stored, "quantization_config", None), asked)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    def get_submodule(self, target):
+        try:
+            return super().get_submodule(target)
+        except AttributeError:
+            refuse_adapters_within_adapters(self, target)
+            raise
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
         # The library casts whatever it reads to what the model holds: floating values to codes, codes to weights.
         quantizer, bitsandbytes = load_config.hf_quantizer, bool(quantized_linears(model))
-        if bitsandbytes:
+        if quantizer is not None and quantizer.quantization_config.quant_method == "bitsandbytes":
+            stdlib_logging.getLogger(CAST_LOGGER).addFilter(CAST_FILTER)
             keep_floating(model, quantizer)
         if quantizer is None or (bitsandbytes and quantizer.pre_quantized):
             check_stored_types(model, state_dict, checkpoint_files or [])
@@ -460,6 +481,8 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def dequantize(self, dtype=None):
+        if getattr(self, "hf_quantizer", None) is not None and not quantized_linears(self):
+            raise ValueError("dequantize: no linear of this model is quantized; leave the call out.")
         # The library takes the configuration's, which is no dtype but its name once the model has been saved.
         return super().dequantize(self.dtype if dtype is None else dtype)
 
@@ -604,6 +627,51 @@ BITSANDBYTES_SETTINGS = {
     "bnb_4bit_quant_type": ("nf4", "fp4"),
     "bnb_4bit_compute_dtype": ("float32", "bfloat16", "float16"),
 }
+# Where a configuration is looked for, of the arguments of `from_pretrained`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def refuse_other_quantization(stored, asked) -> None:
+    """Raises `ValueError` where a checkpoint that bitsandbytes quantized is to be quantized by it in another way.
+
+    What says how it computes (compute dtype, threshold, offload) is the library's to take or to leave.
+    """
+    stored, asked = (given if isinstance(given, dict | None) else given.to_dict() for given in (stored, asked))
+    if stored is None or asked.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return  # the library refuses another method
+    is_stored, is_asked = bitsandbytes_name(stored), bitsandbytes_name(asked)
+    if is_stored != is_asked:
+        raise ValueError(
+            f"quantization_config: asks for {is_asked}, and the checkpoint is stored as {is_stored}; leave it out, or "
+            "start from the floating checkpoint."
+        )
+
+
+def bitsandbytes_name(settings: Mapping) -> str:
+    """What a `quantization_config` of bitsandbytes stores, in words: `nf4 with double quantization`."""
+    if settings.get("load_in_8bit"):
+        return "int8"
+    nested = " with double quantization" if settings.get("bnb_4bit_use_double_quant") else ""
+    return f"{settings.get('bnb_4bit_quant_type', 'fp4')}{nested}"
+
+
+class OncePerProcess(stdlib_logging.Filter):
+    """Lets a message through once, which a library would give for every linear; all others always."""
+
+    def __init__(self, beginning: str):
+        super().__init__()
+        self.beginning = beginning
+        self.given = False
+
+    def filter(self, record) -> bool:
+        if not str(record.msg).startswith(self.beginning):
+            return True
+        first, self.given = not self.given, True
+        return first
+
+
+CAST_LOGGER = "bitsandbytes.autograd._functions"
+CAST_FILTER = OncePerProcess("MatMul8bitLt: inputs will be cast")
 
 
 def refuse_fixed_integers(model: nn.Module):
@@ -618,6 +686,26 @@ def refuse_fixed_integers(model: nn.Module):
                 f"{name}: stores integers, which do not train, while the weights around it would; attach adapters "
                 "(peft), or freeze the body with `model.base_model.requires_grad_(False)` to train a head alone."
             )
+
+
+def refuse_adapters_within_adapters(model: nn.Module, target: str) -> None:
+    """Raises `ValueError` where a factor is looked for in an adapter on its low-rank linear: both are linears.
+
+    peft's "all-linear" takes every `nn.Linear`, and has wrapped the low-rank one when it comes to the factors.
+    """
+    modules = dict(model.named_modules())
+    name, _, factor = target.rpartition(".")
+    if factor not in ("a", "b") or not isinstance(modules.get(f"{name}.base_layer"), LowRankLinear):
+        return
+    paths = {path.removesuffix(".base_layer"): module for path, module in modules.items() if "_proj" in path}
+    low_rank = [path for path, module in paths.items() if isinstance(module, LowRankLinear)]
+    leaves = {path.rpartition(".")[2] for path in low_rank}
+    others = {path.rpartition(".")[2] for path in paths.keys() - set(low_rank)}
+    excluded = sorted(leaves) if not leaves & others else low_rank
+    raise ValueError(
+        f"{target}: an adapter is on {name}, the low-rank linear that it is a factor of, already; on a newly loaded "
+        f"model leave these out: LoraConfig(target_modules='all-linear', exclude_modules={excluded})."
+    )
 
 
 def quantized_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -656,15 +744,33 @@ def keep_floating(model: LLMKernelPreTrainedModel, quantizer) -> None:
         with torch.device("meta"):
             linear = nn.Linear(plain.in_features, plain.out_features, plain.bias is not None, dtype=model.dtype)
         model.set_submodule(name, linear)
+    if not quantizer.pre_quantized and not linears.keys() - kept:
+        refuse_nothing_quantized(odd)
     if odd:
         logger.warning(
             f"bitsandbytes: {len(odd)} linears stay {model.dtype}, it would not compute what it stores; 4 bits take "
-            f"in_features that 64 divides, int8 more than one: {', '.join(odd)}."
+            f"in_features that 64 divides, int8 more than one: {some_names(odd)}."
         )
     if kept:  # for whoever reads the configuration that is saved
         body = f"{model.base_model_prefix}."
         names = {name.removeprefix(body) for name in (*quantizer.modules_to_not_convert, *kept)}
         quantizer.modules_to_not_convert = quantizer.quantization_config.llm_int8_skip_modules = sorted(names)
+
+
+def refuse_nothing_quantized(odd: list[str]) -> None:
+    """Raises `ValueError` for a `quantization_config` that leaves no linear; `odd` are those of `decodes_wrongly`."""
+    reason = "modules that are not to be converted are all there are"
+    if odd:
+        reason = f"4 bits take in_features that 64 divides, int8 more than one, and there are only {some_names(odd)}"
+    raise ValueError(f"quantization_config: quantizes nothing, for {reason}; load without it, or by another.")
+
+
+def some_names(names: list[str]) -> str:
+    """The first three of the names of linears, and how many of each kind there are."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    kinds = Counter(re.sub(r".*layers\.\d+\.(self_attn|mlp)\.", "", name) for name in names)
+    return f"{', '.join(names[:3])}, … ({', '.join(f'{count} {kind}' for kind, count in kinds.items())})"
 
 
 def cast_floating(model: nn.Module, dtype: torch.dtype) -> None:

@@ -47,6 +47,7 @@ COMPRESSED = {
         2: {"skip": ["attention"]},
     },
 }
+ALL_ODD = {"hidden_size": 48, "intermediate_size": 96, "linear_forms": {}, "per_layer_config": {}}
 ODD = ["layers.1.mlp.down_proj.a", "layers.1.mlp.up_proj.b"]
 SETTINGS = {
     "int8": {"load_in_8bit": True},
@@ -199,6 +200,17 @@ def test_linears_that_would_be_decoded_wrongly_stay_floating_and_are_reported(tm
     saved(model, tmp_path / "stored")
     skipped = json.loads((tmp_path / "stored/config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
     assert skipped == [*ODD, "lm_head"]
+
+
+def test_of_many_that_stay_floating_three_are_named_and_kinds_are_counted(tmp_path, caplog):
+    changes = {"num_hidden_layers": 4, "linear_forms": {"up_proj": {"rank": 8}, "q_proj": {"rank": 8}}}
+    transformers.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        quantized(written(tmp_path, **changes, per_layer_config={}), "nf4")
+    transformers.logging.disable_propagation()
+    (said,) = [record.message for record in caplog.records if "linears stay" in record.message]
+    assert said.startswith("bitsandbytes: 8 linears stay torch.float32") and said.count("layers.") == 3
+    assert said.endswith("… (4 q_proj.b, 4 up_proj.b).")
 
 
 def test_a_linear_of_one_column_is_not_quantized_to_int8(tmp_path):
@@ -432,6 +444,63 @@ def test_settings_that_end_with_an_error_later_are_refused_at_load(tmp_path, ask
     config = BitsAndBytesConfig(load_in_4bit=True, **asked)
     with pytest.raises(ValueError, match=f"quantization_config: {next(iter(asked))}="):
         AutoModelForCausalLM.from_pretrained(written(tmp_path), quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "asked", "message"),
+    [
+        ("nf4", {"load_in_8bit": True}, "asks for int8, and the checkpoint is stored as nf4; leave it out"),
+        ("int8", SETTINGS["nf4"], "asks for nf4, and the checkpoint is stored as int8"),
+        ("nf4", SETTINGS["nf4 double"], "asks for nf4 with double quantization, and the checkpoint is stored as nf4"),
+        ("nf4 double", {"load_in_4bit": True}, "asks for fp4, and the checkpoint is stored as nf4 with double"),
+    ],
+)
+def test_quantized_weights_are_not_quantized_in_another_way(tmp_path, setting, asked, message):
+    saved(quantized(written(tmp_path / "float"), setting), tmp_path / "stored")
+    asked = BitsAndBytesConfig(**asked)
+    for load in (AutoModelForCausalLM.from_pretrained, modeling.LLMKernelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=f"^quantization_config: {message}"):
+            load(tmp_path / "stored", quantization_config=asked)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bnb_4bit_compute_dtype": torch.bfloat16}])
+def test_the_same_quantization_is_asked_for_again(tmp_path, changes):
+    before = saved(quantized(written(tmp_path / "float"), "nf4"), tmp_path / "stored")
+    asked = BitsAndBytesConfig(**SETTINGS["nf4"], **changes)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stored", quantization_config=asked)
+    assert same(saved(again, tmp_path / "again"), before)
+
+
+def test_quantizing_nothing_is_refused_on_load(tmp_path):
+    folder = written(tmp_path, **ALL_ODD)
+    odd = r"4 bits take in_features that 64 divides, .* model.layers.0.self_attn.q_proj, .*v_proj, … \(3 q_proj, 3 k_"
+    with pytest.raises(ValueError, match=f"quantization_config: quantizes nothing, for {odd}"):
+        quantized(folder, "nf4")
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model", "lm_head"])
+    with pytest.raises(ValueError, match="quantizes nothing, for modules that are not to be converted are all there"):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def test_what_has_nothing_quantized_is_not_dequantized(tmp_path):
+    folder = written(tmp_path, **ALL_ODD)
+    config = json.loads((folder / "config.json").read_text())
+    everything = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["model", "lm_head"])
+    config["quantization_config"] = everything.to_dict()
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="dequantize: no linear of this model is quantized"):
+        model.dequantize()
+
+
+def test_the_cast_of_inputs_is_told_once_and_all_else_always(tmp_path, caplog):
+    model = quantized(written(tmp_path, dtype="bfloat16"), "int8", dtype=torch.bfloat16)
+    modeling.CAST_FILTER.given = False
+    with caplog.at_level(logging.WARNING, modeling.CAST_LOGGER):
+        run(model)
+        run(model)
+        logging.getLogger(modeling.CAST_LOGGER).warning("another")
+    assert sum("inputs will be cast" in record.message for record in caplog.records) == 1
+    assert caplog.records[-1].message == "another"
 
 
 def test_integers_are_not_quantized_again(tmp_path):

@@ -478,6 +478,45 @@ def test_adapters_attach_to_every_form_and_train(name):
     assert all("lora" in key for key, p in model.named_parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize(
+    ("forms", "excluded"),
+    [
+        ({"linear_forms": {"q_proj": {"rank": 8}, "down_proj": {"rank": 8}}}, ["down_proj", "q_proj"]),
+        (
+            {"per_layer_config": {1: {"linear_forms": {"up_proj": {"rank": 8}}}}},
+            ["model.layers.1.mlp.up_proj"],
+        ),
+    ],
+)
+def test_adapters_on_all_linears_want_the_low_rank_ones_left_out(forms, excluded):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(ValueError, match="_proj.a: an adapter is on .*, the low-rank linear") as refused:
+        get_peft_model(build(**forms), LoraConfig(r=4, target_modules="all-linear"))
+    assert f"exclude_modules={excluded})" in str(refused.value)
+    model = get_peft_model(build(**forms), LoraConfig(r=4, target_modules="all-linear", exclude_modules=excluded))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert len(adapted) == sum(type(module) is nn.Linear for module in build(**forms).modules()) - 1  # the head
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    model.merge_and_unload()
+
+
+def test_an_adapter_on_a_low_rank_linear_is_not_merged_and_one_on_its_factors_is():
+    from peft import LoraConfig, get_peft_model
+
+    form = {"q_proj": {"rank": 8}}
+    model = get_peft_model(build(linear_forms=form), LoraConfig(r=4, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"low-rank: .* as in target_modules=\['q_proj.a', 'q_proj.b'\]"):
+        model.merge_and_unload()
+    factors = LoraConfig(r=4, target_modules=["q_proj.a", "q_proj.b"], init_lora_weights=False)
+    model = get_peft_model(build(linear_forms=form).eval(), factors)
+    with torch.no_grad():
+        before = model(tokens()).logits
+        torch.testing.assert_close(model.merge_and_unload()(tokens()).logits, before, rtol=1e-4, atol=1e-4)
+
+
 def test_relu_without_a_gate_is_two_linears():
     model = build(mlp_gated=False, hidden_act="relu", mlp_bias=True)
     mlp, x = model.model.layers[0].mlp, torch.randn(2, 3, 64)
