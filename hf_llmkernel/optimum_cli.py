@@ -72,8 +72,10 @@ class PruneCommand(ReportingCommand):
         add_data_options(parser)
 
     def work(self, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        from .compress.check import check_places
         from .compress.optimum import LLMKernelPruner, LLMKernelPruningConfig
 
+        check_places(given["model"], given["output"])
         settings = config_settings(LLMKernelPruningConfig.setting_names(), given)
         pruner = LLMKernelPruner.from_pretrained(given["model"])
         done = pruner.prune(given["output"], LLMKernelPruningConfig(**settings))
@@ -104,14 +106,20 @@ class QuantizeCommand(ReportingCommand):
         add_data_options(parser)
 
     def work(self, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
+        from .compress.check import check_places
+        from .compress.command import stage_line
         from .compress.optimum_quantize import LLMKernelQuantizationConfig, LLMKernelQuantizer
+        from .compress.pipeline import read_record
 
+        check_places(given["model"], given["output"])
         settings = config_settings(LLMKernelQuantizationConfig.setting_names(), given)
         settings["settings"] = read_settings(given["set"] or [])
         quantizer = LLMKernelQuantizer.from_pretrained(given["model"])
         done = quantizer.quantize(given["output"], quantization_config=LLMKernelQuantizationConfig(**settings))
         reached = f"{done.measured_bytes} bytes, {done.measured_bits_per_weight:.4g} bits a weight in the linears"
-        return done.to_dict(), f"{given['output']}: {reached}"
+        stages = read_record(given["output"])["stages"]
+        lines = [*map(stage_line, stages), f"{given['output']}: {reached}"]
+        return {**done.to_dict(), "stages": stages}, "\n".join(lines)
 
 
 def add_data_options(parser: ArgumentParser) -> None:

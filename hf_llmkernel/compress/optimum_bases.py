@@ -38,9 +38,9 @@ class RecipeConfig(BaseConfig):
     def __post_init__(self, **unknown: Any):
         if names := sorted(set(unknown) - set(STAMPS)):
             raise ValueError(f"{self.kind}: unknown names {names}; the known ones are {self.setting_names()}.")
-        dtype = self.dtype
+        dtype, self.dtype = self.dtype, None
         super().__post_init__()
-        self.dtype = dtype  # a name, which the base class makes torch's
+        self.dtype = dtype  # a name; the base class would make it torch's, or end where torch has none such
         if isinstance(self.recipe, Recipe):
             self.recipe = self.recipe.to_dict()
         self._check_recipe()

@@ -25,6 +25,14 @@ def model(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Of which 64 does not divide the inputs of down_proj, and one layer does not attend."""
+    folder = tmp_path_factory.mktemp("odd")
+    save_tiny(folder, hidden_size=64, intermediate_size=80, per_layer_config={1: {"skip": ["attention"]}})
+    return folder
+
+
 def stored_bits(folder) -> float:
     """All that is stored of the blocks' linears over their weights."""
     tensors = load_file(folder / "model.safetensors")
@@ -95,7 +103,7 @@ def test_ready_recipe_and_table(tmp_path, model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "bits=None: must be 8 or 4"),
+        ({}, "bits: is missing; give --bits 8 or 4, or bits: 8 or 4 in a recipe"),
         ({"bits": 3}, "bits=3: must be 8 or 4"),
         ({"method": "bnb-nf4", "bits": 8}, "bits=8: method='bnb-nf4' has 4; leave it out"),
         ({"method": "bnb-int8", "group_size": 64}, "group_size=64: method='bnb-int8' has its own"),
@@ -124,18 +132,46 @@ def test_bad_calls_write_nothing(tmp_path, model):
         quantizer.quantize(tmp_path / "out", quantization_config={"bits": 4}, bits=8)
     with pytest.raises(ValueError, match="quantization_config=4: must be an LLMKernelQuantizationConfig"):
         quantizer.quantize(tmp_path / "out", quantization_config=4)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="out: exists and is not empty"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "file").touch()
+        quantizer.quantize(tmp_path / "out")  # without bits, too
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
 
 
 def test_command_quantize(optimum_cli, tmp_path, model):  # noqa: F811
     code, out, err = optimum_cli("quantize", "-m", model, "-o", tmp_path / "nf4", "--method", "bnb-nf4", "--json")
     assert code == 0 and "error" not in err
-    assert json.loads(out) == json.loads((tmp_path / "nf4/quantization_config.json").read_text())
+    result = json.loads(out)
+    (stage,) = result.pop("stages")
+    assert result == json.loads((tmp_path / "nf4/quantization_config.json").read_text())
+    assert stage["bitsandbytes"]["quant_type"] == "nf4" and stage["result"][0]["layers"] == [0, 1, 2]
     options = ["--method", "rtn", "--bits", 4, "--group-size", 32, "--asymmetric", "--set", "scale_search=true"]
     code, out, _ = optimum_cli("quantize", "-m", model, "-o", tmp_path / "int4", *options)
-    assert code == 0 and out.startswith(f"{tmp_path / 'int4'}: ") and "bits a weight in the linears" in out
+    said = out.splitlines()
+    assert code == 0 and said[0].startswith("quantize: layers 0-2: ") and len(said) == 2
+    assert said[1].startswith(f"{tmp_path / 'int4'}: ") and "bits a weight in the linears" in said[1]
     (stage,) = Recipe.load(tmp_path / "int4/recipe.yaml").stages
     assert (stage.bits, stage.group_size, stage.symmetric, stage.scale_search) == (4, 32, False, True)
+
+
+def test_command_quantize_says_what_stays_floating_and_which_groups_are_short(optimum_cli, tmp_path, odd):  # noqa: F811
+    _, out, _ = optimum_cli("quantize", "-m", odd, "-o", tmp_path / "nf4", "--method", "bnb-nf4")
+    assert "stay_floating ['down_proj']" in out.splitlines()[0]
+    options = ["--bits", 4, "--group-size", 64, "--json"]
+    _, out, _ = optimum_cli("quantize", "-m", odd, "-o", tmp_path / "int4", *options)
+    assert json.loads(out)["stages"][0]["result"][0]["each"]["down_proj"] == {"last_group_size": 16}
+
+
+def test_what_would_quantize_nothing_is_refused_and_nothing_is_written(optimum_cli, tmp_path, odd):  # noqa: F811
+    options = ["--method", "bnb-nf4", "--op-names", "down_proj"]
+    code, _, err = optimum_cli("quantize", "-m", odd, "-o", tmp_path / "out", *options)
+    assert code == 2 and "bitsandbytes: quantizes nothing, for quant_type='nf4' takes linears whose inputs 64" in err
+    assert "and down_proj are all that was chosen" in err and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="quantize: finds no matrix to work on in the layers it takes"):
+        settings = {"bits": 4, "op_names": ["q_proj"], "layers": [1, 2]}
+        LLMKernelQuantizer.from_pretrained(odd).quantize(tmp_path / "out", progress=False, **settings)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -146,6 +182,9 @@ def test_command_quantize(optimum_cli, tmp_path, model):  # noqa: F811
         (["--bits", "4", "--set", "act_order"], "--set act_order: must be NAME=VALUE"),
         (["--bits", "4", "--set", "act_order=maybe", "--method", "gptq"], "act_order='maybe': must be true or false"),
         (["--method", "gptq", "--bits", "4"], "calibration.source=null: quantize looks at activations"),
+        ([], "bits: is missing; give --bits 8 or 4"),
+        (["--bits", "4", "--dtype", "float8"], "dtype='float8': must be one of ['float32', 'bfloat16', 'float16']"),
+        (["-m", "/no/model"], "source=/no/model: is neither a folder"),  # bits are missing, too
     ],
 )
 def test_bad_usage_ends_with_two_and_one_line(optimum_cli, monkeypatch, tmp_path, arguments, message):  # noqa: F811

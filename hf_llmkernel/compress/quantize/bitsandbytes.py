@@ -63,6 +63,16 @@ class StoreBitsAndBytes(Stage):
         stay = [name for name in chosen if not self.settings.computes(matrix_shape(layer, name)[1])]
         return {"matrices": [name for name in chosen if name not in stay], **({"stay_floating": stay} if stay else {})}
 
+    def check_result(self, result: list[dict[str, Any]]) -> None:
+        if any(variant["matrices"] for variant in result):
+            return
+        stay = list(dict.fromkeys(name for variant in result for name in variant.get("stay_floating", [])))
+        raise ValueError(
+            f"bitsandbytes: quantizes nothing, for quant_type={self.quant_type!r} takes linears whose inputs "
+            f"{'64 divides' if self.settings.is_four_bit else 'are more than one'}, and {' '.join(stay) or 'none'} "
+            "are all that was chosen; choose another quant_type, or the stage quantize."
+        )
+
     def apply(self, block: Block, site: str, inputs: InputStatistic | None, target: Any = None) -> torch.Tensor | None:
         return None
 
