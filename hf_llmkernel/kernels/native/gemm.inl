@@ -104,6 +104,7 @@ inline void turn_rows(const llmk_matrix& w, int64_t row, int64_t column, Floats*
     const Value* from = reinterpret_cast<const Value*>(w.data) + row * w.columns + column;
     const int64_t rows = smaller(kBlock, w.rows - row), count = smaller(room, w.columns - column);
     for (int64_t r = 0; r < kBlock; ++r, from += w.columns) {
+        if (r < rows) prefetch(from + 8 * room);
         if (r < rows && count == room) {
             turned[r] = f_load(reinterpret_cast<const float*>(from));
             continue;
@@ -117,11 +118,12 @@ inline void turn_rows(const llmk_matrix& w, int64_t row, int64_t column, Floats*
 
 struct PairsOfRows {  // bf16
     static constexpr int kParts = 1;
-    const llmk_matrix& w;
-    int64_t row, column = 0;
-    PairsOfRows(const llmk_matrix& matrix, int64_t block) : w(matrix), row(block * kBlock) {}
+    const llmk_matrix* w = nullptr;
+    int64_t row = 0, column = 0;
+    PairsOfRows() = default;
+    PairsOfRows(const llmk_matrix& matrix, int64_t block) : w(&matrix), row(block * kBlock) {}
     void next(Floats* weights) {
-        turn_rows<uint16_t>(w, row, column, weights);
+        turn_rows<uint16_t>(*w, row, column, weights);
         column += kSegment;
     }
     static const uint16_t* inputs(const Tile& x) { return x.bf16; }
@@ -130,11 +132,12 @@ struct PairsOfRows {  // bf16
 
 struct FloatsOfRows {
     static constexpr int kParts = 2;  // of a segment
-    const llmk_matrix& w;
-    int64_t row, column = 0;
-    FloatsOfRows(const llmk_matrix& matrix, int64_t block) : w(matrix), row(block * kBlock) {}
+    const llmk_matrix* w = nullptr;
+    int64_t row = 0, column = 0;
+    FloatsOfRows() = default;
+    FloatsOfRows(const llmk_matrix& matrix, int64_t block) : w(&matrix), row(block * kBlock) {}
     void next(Floats* weights) {
-        turn_rows<float>(w, row, column, weights);
+        turn_rows<float>(*w, row, column, weights);
         column += kSegment / kParts;
     }
     static const float* inputs(const Tile& x) { return x.floats; }
@@ -144,7 +147,8 @@ struct FloatsOfRows {
 #ifdef LLMK_SPARSE_LANES
 struct SparsePairs {
     static constexpr int kParts = 1;
-    const uint8_t* values;
+    const uint8_t* values = nullptr;
+    SparsePairs() = default;
     SparsePairs(const llmk_matrix& w, int64_t block) : values(record(w, block)) {}
     void next(Floats* weights) {
         Masks<uint32_t> masks(values);
@@ -155,24 +159,42 @@ struct SparsePairs {
 };
 #endif
 
-template <class Panel>
+// Sums [rows, B, 16] of B blocks. Weights of kDepth segments at a time are laid out in the first-level cache, vectors of all
+// blocks side by side, and the sums of R rows stay in registers over them.
+template <class Panel, int B>
 inline void floating_tile(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
-    constexpr int R = 4, columns = kSegment / Panel::kParts / 16;  // of a vector of weights
-    Panel panel(w, block);
-    for (int64_t m = 0; m < round_up(x.rows, R); ++m) f_store(out + m * kBlock, f_zero());
-    for (int64_t segment = 0; segment < ceil_div(w.columns, kSegment); ++segment)
-        for (int part = 0; part < Panel::kParts; ++part) {
-            Floats weights[16];
-            panel.next(weights);
-            const auto* inputs = Panel::inputs(x) + segment * kTile * kSegment + part * 16 * columns;
-            for (int64_t m = 0; m < x.rows; m += R) {
-                Floats acc[R];
-                for (int r = 0; r < R; ++r) acc[r] = f_load(out + (m + r) * kBlock);
-                for (int i = 0; i < 16; ++i)
-                    for (int r = 0; r < R; ++r) acc[r] = Panel::dot(acc[r], weights[i], inputs + (m + r) * kSegment + i * columns);
-                for (int r = 0; r < R; ++r) f_store(out + (m + r) * kBlock, acc[r]);
+    constexpr int R = kFloatRows, columns = kSegment / Panel::kParts / 16;  // of a vector of weights
+    constexpr int64_t kDepth = 8, kVectors = 16 * Panel::kParts;            // of a segment
+    alignas(64) float laid[kDepth * kVectors * B * kBlock];
+    Panel panels[B];
+    for (int b = 0; b < B; ++b) panels[b] = Panel(w, block + b);
+    for (int64_t i = 0; i < round_up(x.rows, R) * B; ++i) f_store(out + i * kBlock, f_zero());
+    for (int64_t first = 0, segments = ceil_div(w.columns, kSegment); first < segments; first += kDepth) {
+        const int64_t depth = smaller(kDepth, segments - first);
+        for (int b = 0; b < B; ++b)
+            for (int64_t v = 0; v < depth * kVectors; v += 16) {
+                Floats weights[16];
+                panels[b].next(weights);
+                for (int i = 0; i < 16; ++i) f_store(laid + ((v + i) * B + b) * kBlock, weights[i]);
             }
+        for (int64_t m = 0; m < x.rows; m += R) {
+            Floats acc[R][B];
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) acc[r][b] = f_load(out + ((m + r) * B + b) * kBlock);
+            const float* weights = laid;
+            for (int64_t segment = first; segment < first + depth; ++segment) {
+                const auto* inputs = Panel::inputs(x) + (segment * kTile + m) * kSegment;
+                for (int64_t v = 0; v < kVectors; ++v, weights += B * kBlock, inputs += columns) {
+                    Floats some[B];
+                    for (int b = 0; b < B; ++b) some[b] = f_load(weights + b * kBlock);
+                    for (int r = 0; r < R; ++r)
+                        for (int b = 0; b < B; ++b) acc[r][b] = Panel::dot(acc[r][b], some[b], inputs + r * kSegment);
+                }
+            }
+            for (int r = 0; r < R; ++r)
+                for (int b = 0; b < B; ++b) f_store(out + ((m + r) * B + b) * kBlock, acc[r][b]);
         }
+    }
 }
 
 // Sums [rows, B, 16] of B blocks of integers.
@@ -189,12 +211,14 @@ inline void integer_blocks(const llmk_matrix& w, int64_t block, const Tile& x, f
     }
 }
 
-inline void floating_block(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
+// The same of floating ones.
+template <int B>
+inline void floating_blocks(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
     switch (w.kind) {
-        case LLMK_F32: return floating_tile<FloatsOfRows>(w, block, x, out);
-        case LLMK_BF16: return floating_tile<PairsOfRows>(w, block, x, out);
+        case LLMK_F32: return floating_tile<FloatsOfRows, B>(w, block, x, out);
+        case LLMK_BF16: return floating_tile<PairsOfRows, B>(w, block, x, out);
 #ifdef LLMK_SPARSE_LANES
-        case LLMK_SPARSE_BF16: return floating_tile<SparsePairs>(w, block, x, out);
+        case LLMK_SPARSE_BF16: return floating_tile<SparsePairs, B>(w, block, x, out);
 #endif
         default: __builtin_trap();
     }
@@ -210,16 +234,19 @@ inline void place_sums(const llmk_matrix& w, int64_t block, int count, const flo
         }
 }
 
+template <int B>
+inline void multiply_blocks(const llmk_matrix& w, const Tile& x, int64_t& block, int64_t end, float*& out, int64_t stride) {
+    alignas(64) float sums[B * kTile * kBlock];
+    for (; block + B <= end; block += B, out += B * kBlock) {
+        if (is_integer(w.kind)) integer_blocks<B>(w, block, x, sums);
+        else floating_blocks<B>(w, block, x, sums);
+        place_sums(w, block, B, sums, x.rows, out, stride);
+    }
+}
+
 void multiply_tile(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride) {
-    alignas(64) float sums[kTileBlocks * kTile * kBlock];
     int64_t block = first_block;
-    for (; is_integer(w.kind) && block + kTileBlocks <= end_block; block += kTileBlocks, out += kTileBlocks * kBlock) {
-        integer_blocks<kTileBlocks>(w, block, x, sums);
-        place_sums(w, block, kTileBlocks, sums, x.rows, out, stride);
-    }
-    for (; block < end_block; ++block, out += kBlock) {
-        if (is_integer(w.kind)) integer_blocks<1>(w, block, x, sums);
-        else floating_block(w, block, x, sums);
-        place_sums(w, block, 1, sums, x.rows, out, stride);
-    }
+    if (kFloatBlocks > 2 && !is_integer(w.kind)) multiply_blocks<kFloatBlocks>(w, x, block, end_block, out, stride);
+    if (kTileBlocks > 1) multiply_blocks<kTileBlocks>(w, x, block, end_block, out, stride);
+    multiply_blocks<1>(w, x, block, end_block, out, stride);
 }

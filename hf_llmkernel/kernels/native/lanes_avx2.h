@@ -10,6 +10,8 @@ constexpr int32_t kWideOffset = 128;
 constexpr bool kDotsPairs = false;
 constexpr int kWideVectors = 1;
 constexpr int kTileBlocks = 1;    // of integers, multiplied by a tile at once
+constexpr int kFloatRows = 4;      // of a tile, whose sums stay in registers
+constexpr int kFloatBlocks = 1;    // of floats, the same
 
 struct Floats {
     __m256 a, b;
