@@ -20,7 +20,6 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
-
 PIECE = 128  # tokens of a prompt that are read at once; native kernels read pieces of half that 10 % more slowly
 
 
@@ -75,7 +74,11 @@ class Request:
             token = scores.argmax(-1)
         self.ids += token.tolist()
         self.sink.put(token)
-        return not (self.is_full() or self.ids[-1] in self.ends or self.sink.ended)
+        return not (self.is_full() or self.is_ended() or self.sink.ended)
+
+    def is_ended(self) -> bool:
+        """Whether the model has ended its text."""
+        return len(self.ids) > self.prompt_tokens and self.ids[-1] in self.ends
 
     def is_full(self) -> bool:
         return len(self.ids) - self.prompt_tokens >= self.most

@@ -1,7 +1,11 @@
 """What a request may hold. Whatever is neither served nor without effect is refused by name, with 400."""
 
+import inspect
+import json
 from collections.abc import Callable
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 
 def _number(low: float, high: float) -> Callable[[Any], bool]:
@@ -17,6 +21,14 @@ def _stop(value: Any) -> bool:
     return isinstance(strings, list) and all(isinstance(string, str) and string for string in strings)
 
 
+def _stream_options(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) <= {"include_usage"} and _flag(value.get("include_usage", False))
+
+
+def _flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 # Field: what it must be, in words and as a test.
 SERVED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a text", lambda value: isinstance(value, str)),
@@ -28,18 +40,17 @@ SERVED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "top_p": ("a number above 0 and at most 1", _number(1e-9, 1)),
     "stop": ("a text that is not empty, or a list of these", _stop),
     "seed": ("a whole number", lambda value: type(value) is int and abs(value) < 2**63),
-    "stream": ("true or false", lambda value: isinstance(value, bool)),
+    "stream": ("true or false", _flag),
+    "stream_options": ("an object of include_usage, true or false", _stream_options),
     "tools": ("a list", lambda value: isinstance(value, list)),
     "chat_template_kwargs": ("an object", lambda value: isinstance(value, dict)),
 }
 IGNORED = {
     "metadata",
-    "parallel_tool_calls",
     "prompt_cache_key",
     "safety_identifier",
     "service_tier",
     "store",
-    "stream_options",  # the last event always has the usage
     "user",
 }
 WITHOUT_EFFECT: dict[str, Any] = {
@@ -50,6 +61,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "logprobs": False,
     "modalities": ["text"],
     "n": 1,
+    "parallel_tool_calls": True,
     "presence_penalty": 0,
     "response_format": {"type": "text"},
     "suffix": "",
@@ -57,6 +69,8 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "top_logprobs": 0,
 }
 PARTS = ("text", "input_text", "output_text")
+# What the tokenizer, and not the template, is told by a call; the server tells it.
+TEMPLATE_SETTINGS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
 
 
 def check_fields(body: dict[str, Any], most_tokens: int) -> None:
@@ -68,7 +82,7 @@ def check_fields(body: dict[str, Any], most_tokens: int) -> None:
             words, holds = SERVED[name]
             if not holds(value):
                 raise ValueError(f"{name}={_short(value)}: must be {words}")
-        elif name in WITHOUT_EFFECT and value == WITHOUT_EFFECT[name]:
+        elif name in WITHOUT_EFFECT and _is_same(value, WITHOUT_EFFECT[name]):
             del body[name]
         else:
             raise ValueError(f"{name}={_short(value)}: is not served; leave it out")
@@ -92,8 +106,12 @@ def check_chat(body: dict[str, Any]) -> None:
             raise ValueError(f"messages[{index}].content: must be a text, or a list of parts of type text")
         for call in message.get("tool_calls") or ():
             function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict) or "arguments" not in function:
-                raise ValueError(f"messages[{index}].tool_calls: each must have a function with arguments")
+            if not isinstance(function, dict) or not _is_object(function.get("arguments")):
+                raise ValueError(
+                    f"messages[{index}].tool_calls: each must have a function with arguments, the text of a JSON object"
+                )
+    if given := TEMPLATE_SETTINGS & body.get("chat_template_kwargs", {}).keys():
+        raise ValueError(f"chat_template_kwargs.{min(given)}: is not served; leave it out")
 
 
 def _needs(body: dict[str, Any], field: str, foreign: tuple[str, ...]) -> None:
@@ -112,6 +130,20 @@ def _is_content(content: Any, calls_tools: bool) -> bool:
     return isinstance(content, list) and all(
         isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str) for part in content
     )
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Whether both are equal, and not as a number is to true or false."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _is_object(arguments: Any) -> bool:
+    if not isinstance(arguments, str):
+        return isinstance(arguments, dict)
+    try:
+        return isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _short(value: Any) -> str:

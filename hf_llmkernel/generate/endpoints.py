@@ -7,6 +7,7 @@ Reading order: the application -> limits and disconnection -> handlers -> tokens
 """
 
 import asyncio
+import json
 import logging
 import time
 import uuid
@@ -35,6 +36,7 @@ from .stop import StopStrings, cut
 logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
 
 GONE = 499  # the client has closed the connection; nobody reads this
+MOST_BYTES = 16 * 2**20  # of a request's body
 
 
 def build_app(engine: Engine, most_tokens: int, most_requests: int) -> FastAPI:
@@ -91,10 +93,14 @@ def build_app(engine: Engine, most_tokens: int, most_requests: int) -> FastAPI:
 
 
 def error_response(status: int, message: str, headers: Any = None) -> JSONResponse:
+    return JSONResponse(error_body(status, message), status, headers)
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
     """An error in OpenAI's form."""
     kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
     kind = "rate_limit_error" if status == 429 else kind
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status, headers)
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
 class Gate:
@@ -139,8 +145,13 @@ class Gate:
 
 
 async def read_body(request: Request) -> dict[str, Any]:
+    text = bytearray()
+    async for piece in request.stream():
+        text += piece
+        if len(text) > MOST_BYTES:
+            raise HTTPException(413, f"the body has more than {MOST_BYTES} bytes")
     try:
-        body = await request.json()
+        body = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON ({error})") from None
     if not isinstance(body, dict):
@@ -186,7 +197,31 @@ class Events(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self.leave()
-            await self.rest.aclose()  # which cancels the request, if it still runs
+            await self.rest.aclose()
+
+
+async def as_openai_has_them(events: Any, usage_apart: bool) -> AsyncIterator[str]:
+    """transformers' events, with errors as objects, and where asked for the usage in an event of its own, the last."""
+    try:
+        async for together in events:
+            for event in together.split("\n\n")[:-1]:
+                for data in _as_openai_has_it(event, usage_apart):
+                    yield f"{data}\n\n"
+    finally:
+        await events.aclose()  # which cancels the request, if it still runs
+
+
+def _as_openai_has_it(event: str, usage_apart: bool) -> list[str]:
+    # Within a text of the model these quotes would have backslashes.
+    failed, ending = '"error":' in event, usage_apart and '"usage":' in event
+    if not (failed or ending):
+        return [event]
+    chunk = json.loads(event.removeprefix("data: "))
+    if failed:
+        return [f"data: {json.dumps(error_body(500, chunk['error']))}"]
+    usage = {**chunk, "choices": []}
+    del chunk["usage"]
+    return [f"data: {json.dumps(chunk)}", f"data: {json.dumps(usage)}"]
 
 
 class Models(ModelManager):
@@ -234,11 +269,15 @@ class _Handler:
             raise HTTPException(400, str(error)) from None
         try:
             self._check_template(served)
-            return await super().handle_request(body, request_id)  # type: ignore[misc]
-        except (ValueError, TemplateError) as error:
+            response = await super().handle_request(body, request_id)  # type: ignore[misc]
+        except (ValueError, TypeError, TemplateError) as error:  # of a template that takes no such messages, too
             raise HTTPException(400, " ".join(str(error).split())) from None
         finally:
             self.models.engine.release(served)
+        if isinstance(response, StreamingResponse):
+            usage_apart = body.get("stream_options", {}).get("include_usage", False)
+            response.body_iterator = as_openai_has_them(response.body_iterator, usage_apart)
+        return response
 
     async def _loaded(self, name: str) -> Served:
         future = self.models.engine.use(name)
@@ -271,7 +310,8 @@ class _Handler:
         if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
             config.max_new_tokens = self.most_tokens
         # Carried to the request; `generate()` has no such settings.
-        config.seed, config.stop = body.get("seed"), body.get("stop") or []
+        stop = body.get("stop") or []
+        config.seed, config.stop = body.get("seed"), [stop] if isinstance(stop, str) else stop
         return config
 
 
@@ -281,6 +321,16 @@ class ChatHandler(_Handler, ChatCompletionHandler):
     def _validate_request(self, body: dict) -> None:
         check_fields(body, self.most_tokens)
         check_chat(body)
+
+    async def _non_streaming(
+        self, request_id: str, model: Any, processor: Any, model_id: str, inputs: Any, gen_config: Any, **others: Any
+    ) -> JSONResponse:
+        """A message is parsed from all tokens, where the model has a template for it, and is cut here."""
+        response = await super()._non_streaming(request_id, model, processor, model_id, inputs, gen_config, **others)
+        answer = json.loads(bytes(response.body))
+        message = answer["choices"][0]["message"]
+        message["content"] = cut(message["content"], gen_config.stop)
+        return JSONResponse(answer)
 
     def _check_template(self, served: Served) -> None:
         if getattr(served.tokenizer, "chat_template", None) is None:
@@ -317,7 +367,7 @@ class EngineManager(BaseGenerateManager):
         try:
             while (item := await streamer.queue.get()) is not None:
                 if isinstance(item, _StreamError):
-                    raise HTTPException(500, f"the model failed: {item.msg}")
+                    raise HTTPException(500, "the model failed: " + json.loads(f'"{item.msg}"'))
         finally:
             streamer.cancel()  # if it still runs, whoever asked has left
         made = sequence.ids[sequence.prompt_tokens :]
@@ -336,8 +386,9 @@ class EngineManager(BaseGenerateManager):
             raise ValueError(f"the prompt has {tokens} tokens, the model's context ends at {context}")
         check_tokens(model, ids)
         config.max_new_tokens = min(config.max_new_tokens, context - tokens)
-        streamer = TextStreamer(tokenizer._tokenizer, config.stop, parser)
+        streamer = TextStreamer(tokenizer._tokenizer, config, parser)
         sequence = Sequence(model, ids[0].tolist(), config, streamer, config.seed)
+        streamer.sequence = sequence
         self.engine.submit(self.served, sequence)
         return streamer, sequence
 
@@ -345,8 +396,11 @@ class EngineManager(BaseGenerateManager):
 class TextStreamer(DirectStreamer):
     """transformers' streamer as a sink of the engine: tokens to text on the server's queue, up to a stop string."""
 
-    def __init__(self, tokenizer: Any, stop: str | list[str], parser: Any):
-        self.stop = StopStrings([stop] if isinstance(stop, str) else stop)
+    sequence: Sequence
+
+    def __init__(self, tokenizer: Any, config: Any, parser: Any):
+        self.config = config
+        self.stop = StopStrings(config.stop)
         self.queue: asyncio.Queue = asyncio.Queue()
         super().__init__(tokenizer, asyncio.get_running_loop(), self.queue, parser)
         self._first = False  # the prompt is not put
@@ -359,8 +413,14 @@ class TextStreamer(DirectStreamer):
         if not self.ended:
             super().put(value)
 
+    def end(self) -> None:
+        if self.stop.found or self.sequence.is_ended():
+            self.config.max_new_tokens = None  # a text of that many tokens would be said to have been cut
+        super().end()
+
     def fail(self, error: Exception) -> None:
-        super()._enqueue(_StreamError(" ".join(str(error).split()).replace('"', "'")))
+        text = " ".join(str(error).split()) or type(error).__name__
+        super()._enqueue(_StreamError(json.dumps(text)[1:-1]))  # it is put between quotes
 
     def _enqueue(self, item: Any) -> None:
         if item is None and (rest := self.stop.rest()):

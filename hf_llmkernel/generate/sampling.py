@@ -17,6 +17,8 @@ Drafts = Annotated[
 ]
 CacheKind = Annotated[str, typer.Option(help=f"Keys and values of past tokens: {', '.join(CACHES)}.")]
 
+LEAST_TEMPERATURE = 1e-6  # below, logits divided by it may overflow; what is left to sample is the likeliest token
+
 # Sampling settings of a checkpoint's own generation config would be warned about beside do_sample=False.
 GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
@@ -27,7 +29,9 @@ def sampling_options(temperature: float, top_p: float) -> dict[str, Any]:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1; 1 keeps every token.")
     if top_p < 1.0 and temperature == 0.0:
         raise ValueError(f"top_p={top_p}: only sampling uses it; set a temperature above 0 as well.")
-    return {"temperature": temperature, "top_p": top_p, "do_sample": True} if temperature else dict(GREEDY)
+    if temperature < LEAST_TEMPERATURE:
+        return dict(GREEDY)
+    return {"temperature": float(temperature), "top_p": top_p, "do_sample": True}
 
 
 def check_draft(drafts: list[str] | None, **others: Any) -> None:

@@ -163,6 +163,8 @@ def test_a_text_ends_with_the_context(server):
 
 
 CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+CHAT_TEXT = '"messages": [{"role": "user", "content": "%s"}]'
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{"}}]}
 
 
 @pytest.mark.parametrize(
@@ -183,12 +185,21 @@ CHAT = {"messages": [{"role": "user", "content": "w1"}]}
         (400, "chat/completions", {"messages": ["w1"]}, "messages[0]: must be an object with a role"),
         (400, "chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content: must be"),
         (400, "chat/completions", {**CHAT, "stop": ""}, "stop='': must be a text that is not empty"),
+        (400, "chat/completions", {**CHAT, "stream_options": {"every": 2}}, "must be an object of include_usage"),
+        (400, "chat/completions", {**CHAT, "parallel_tool_calls": False}, "parallel_tool_calls=False: is not served"),
+        (400, "chat/completions", {**CHAT, "chat_template_kwargs": {"tokenize": False}}, "tokenize: is not served"),
+        (400, "chat/completions", {"messages": [{**CHAT["messages"][0], **CALL}]}, "the text of a JSON object"),
+        (400, "completions", {"prompt": "w1", "logprobs": 0}, "logprobs=0: is not served"),
+        (400, "completions", {"prompt": "w1", "n": True}, "n=True: is not served"),
+        (400, "completions", {"prompt": "w1", "max_tokens": -1}, "max_tokens=-1: must be a whole number above 0"),
     ],
 )
 def test_bad_requests(server, status, path, body, message):
     answer = server.post(path, **body)
     assert answer.status_code == status
-    assert message in answer.json()["error"]["message"]
+    error = answer.json()["error"]
+    assert message in error["message"]
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, status)
     assert server.get("/health")["status"] == "ok"
 
 
@@ -196,6 +207,106 @@ def test_bad_requests(server, status, path, body, message):
 def test_what_is_no_json_object_is_refused(server, body):
     answer = requests.post(f"{server.address}/v1/completions", data=body.encode("latin-1"), timeout=30)
     assert answer.status_code == 400 and "JSON" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/completions", "POST"),
+        ("OPTIONS", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET"),
+        ("DELETE", "/v1/models/tiny", "GET"),
+        ("HEAD", "/v1/models", "GET"),
+    ],
+)
+def test_other_methods_are_405(server, method, path, allowed):
+    answer = requests.request(method, server.address + path, timeout=30)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, allowed)
+    assert answer.text == "" if method == "HEAD" else answer.json()["error"]["code"] == 405
+
+
+def test_a_body_beyond_the_limit_is_413(server, monkeypatch):
+    monkeypatch.setattr("hf_llmkernel.generate.endpoints.MOST_BYTES", 100)
+    assert server.post("completions", prompt="w1", max_tokens=1).status_code == 200
+    answer = server.post("completions", prompt="w1 " * 50)
+    assert answer.status_code == 413 and "more than 100 bytes" in answer.json()["error"]["message"]
+
+
+def test_one_model_is_described(server):
+    assert server.get(f"/v1/models/{MODEL}") == server.get("/v1/models")["data"][0]
+    assert requests.get(f"{server.address}/v1/models/absent", timeout=30).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_usage_is_an_event_of_its_own_where_asked_for(server, path):
+    body = {"max_tokens": 4, **(CHAT if path.startswith("chat") else {"prompt": "w1"})}
+    asked = events(server.post(path, **body, stream=True, stream_options={"include_usage": True}))
+    assert asked[-1]["choices"] == [] and asked[-1]["usage"]["completion_tokens"] == 4
+    assert asked[-2]["choices"][0]["finish_reason"] == "length"
+    assert not any("usage" in chunk for chunk in asked[:-1])
+    plain = events(server.post(path, **body, stream=True, stream_options={"include_usage": False}))
+    assert len(plain) == len(asked) - 1 and plain[-1]["usage"] == asked[-1]["usage"]
+
+
+def test_openais_client(server):
+    """The real one: lists, answers, streams, and its own exceptions for errors."""
+    openai = pytest.importorskip("openai")
+    with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == [MODEL]
+        answer = client.chat.completions.create(model=MODEL, messages=CHAT["messages"], max_tokens=5, temperature=0)
+        stream = client.chat.completions.create(
+            model=MODEL, messages=CHAT["messages"], max_tokens=5, temperature=0, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces).split() == answer.choices[0].message.content.split()
+        with pytest.raises(openai.NotFoundError, match="model='absent': is not served"):
+            client.completions.create(model="absent", prompt="w1")
+        with pytest.raises(openai.BadRequestError, match="n=2: is not served"):
+            client.completions.create(model=MODEL, prompt="w1", n=2)
+
+
+def test_a_text_that_ends_with_its_last_token_was_not_cut(server, monkeypatch):
+    body = {"prompt": "w1 w2", "max_tokens": 6}
+    words = server.post("completions", **body).json()["choices"][0]["text"].split()
+    assert words.index(words[5]) == 5
+    for _ in ("at a stop string", "at the end token"):
+        assert server.post("completions", **body, stop=words[5]).json()["choices"][0]["finish_reason"] == "stop"
+        chunks = events(server.post("completions", **body, stop=words[5], stream=True))
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+        end = server.engine.served[MODEL].tokenizer.convert_tokens_to_ids(words[5])
+        monkeypatch.setattr(server.engine.served[MODEL].network.generation_config, "eos_token_id", end)
+    answer = server.post("completions", **body).json()
+    assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["completion_tokens"] == 6
+
+
+def test_a_parsed_message_ends_before_a_stop_string(server, monkeypatch):
+    """Streamed or not, of a model that says how its answers are to be read."""
+    server.post("completions", prompt="w1", max_tokens=1)  # the model is there
+    fields = {"content": {"content": "text"}}
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "assistant", "fields": fields}
+    monkeypatch.setattr(server.engine.served[MODEL].tokenizer, "response_template", template, raising=False)
+    body = {**CHAT, "max_tokens": 12}
+    words = server.post("chat/completions", **body).json()["choices"][0]["message"]["content"].split()
+    expected = words[: words.index(words[4])]
+    message = server.post("chat/completions", **body, stop=words[4]).json()["choices"][0]["message"]
+    assert message["content"].split() == expected
+    chunks = events(server.post("chat/completions", **body, stop=words[4], stream=True))
+    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks).split() == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-12, 1e-4, 2])
+def test_any_temperature_is_served(server, temperature):
+    answer = server.post("completions", prompt="w1 w2", max_tokens=4, temperature=temperature)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("text", ["\\ud800", "w1 \\u0000 w2", "\\ufffe"])
+def test_odd_characters(server, text):
+    """What no tokenizer takes is 400, and nothing breaks."""
+    for path, body in (("completions", '"prompt": "%s"'), ("chat/completions", CHAT_TEXT)):
+        data = '{"max_tokens": 2, "temperature": 0, %s}' % (body % text)
+        answer = requests.post(f"{server.address}/v1/{path}", data=data, timeout=30)
+        assert answer.status_code == (400 if "d800" in text else 200), answer.text
 
 
 def test_fields_without_effect_are_taken(server):
@@ -237,13 +348,16 @@ def test_a_full_queue_is_429(server, slow):
 
 def test_a_model_that_fails_is_500_and_the_next_request_is_served(server, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(Batch, "_decode", lambda self: 1 / 0)
+
+        def fail(self):
+            raise RuntimeError('a "quoted"\npath\\x')
+
+        patched.setattr(Batch, "_decode", fail)
         answer = server.post("completions", prompt="w1", max_tokens=4)
-        assert answer.status_code == 500 and "division" in answer.json()["error"]["message"]
-        streamed = requests.post(
-            f"{server.address}/v1/completions", json={"prompt": "w1", "max_tokens": 4, "stream": True}, timeout=30
-        )
-        assert '"error": "division by zero"' in streamed.text
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == 'the model failed: a "quoted" path\\x'
+        error = events(server.post("completions", prompt="w1", max_tokens=4, stream=True))[-1]["error"]
+        assert (error["message"], error["type"]) == ('a "quoted" path\\x', "server_error")
     assert server.post("completions", prompt="w1", max_tokens=4).status_code == 200
 
 
