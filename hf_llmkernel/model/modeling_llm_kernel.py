@@ -34,6 +34,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
@@ -410,7 +411,7 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         # The library keeps what is stored and only warns.
         if (asked := kwargs.get("quantization_config")) is not None:
             stored = config
-            if not isinstance(config, LLMKernelConfig):
+            if not isinstance(config, PreTrainedConfig):
                 hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
                 stored = LLMKernelConfig.from_pretrained(config or pretrained_model_name_or_path, **hub)
             refuse_other_quantization(getattr(stored, "quantization_config", None), asked)
