@@ -260,7 +260,7 @@ def test_what_cannot_be_stops_before_any_work(tmp_path, tiny, text, stages, mess
 def test_a_packed_embedding_is_named(tmp_path, text):
     form = {"bits": 8, "group_size": 16}
     save_tiny(tmp_path / "dense", embed_tokens_form=form)
-    with pytest.raises(ValueError, match="prune_hidden: embed_tokens_form is stored as int8, groups of 16; prune before"):
+    with pytest.raises(ValueError, match="prune_hidden: embed_tokens_form is stored as int8, groups of 16; prune"):
         compress(tmp_path / "dense", recipe_for(text, prune("minitron")), tmp_path / "out", progress=False)
 
 
