@@ -2,6 +2,8 @@
 
     with hf_llmkernel.kernels.disabled():
         model.generate(...)  # on torch
+    with hf_llmkernel.kernels.floating_activations():
+        model.generate(...)  # integer weights by floating activations
 
 Built with the package or by `python -m hf_llmkernel.kernels.build`; without the library torch serves.
 """
@@ -9,9 +11,9 @@ Built with the package or by `python -m hf_llmkernel.kernels.build`; without the
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .library import disabled, is_enabled, isa
+    from .library import disabled, floating_activations, is_enabled, isa
 
-__all__ = ["disabled", "is_enabled", "isa"]
+__all__ = ["disabled", "floating_activations", "is_enabled", "isa"]
 
 
 def __getattr__(name: str) -> Any:

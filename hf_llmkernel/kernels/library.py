@@ -1,7 +1,8 @@
 """The native library by ctypes: its structures (see native/llmkernel.h), whether it is there, and whether it is in use.
 
 Environment: LLMKERNEL_KERNELS=off runs everything on torch, LLMKERNEL_ISA (avx512, avx2, portable) lowers the
-instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted.
+instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted. LLMKERNEL_ACTIVATIONS=float32
+keeps the inputs of integer matrices as they are, which are rounded to int8 without it.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 3
+ABI = 4
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
 NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
 TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type
@@ -51,7 +52,7 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int32) for name in ("layers", "hidden", "head_dim", "activation")),
+        *((name, ctypes.c_int32) for name in ("layers", "hidden", "head_dim", "activation", "rounds_inputs")),
         *((name, ctypes.c_float) for name in ("epsilon", "rotary_scale")),
         *((name, ctypes.c_void_p) for name in ("rotary_frequencies", "final_norm", "layer")),
         ("head", Linear),
@@ -76,7 +77,7 @@ def load() -> ctypes.CDLL | None:
     for name, arguments in {
         "llmk_plan": [pointer, pointer, pointer],
         "llmk_pack": [pointer, pointer, pointer, int32],
-        "llmk_apply": [pointer, pointer, int32, int64, pointer, int32, int32],
+        "llmk_apply": [pointer, pointer, int32, int64, pointer, int32, int32, int32],
         "llmk_decode": [pointer, pointer, pointer, int64, pointer, pointer, int64, pointer, int32, int32],
         "llmk_read": [pointer, pointer, pointer, *[int64] * 2, pointer, pointer, *[int64] * 2, pointer, int32, int32],
     }.items():
@@ -102,6 +103,31 @@ def disabled() -> Iterator[None]:
         yield
     finally:
         _disabled.reset(token)
+
+
+_floating: ContextVar[bool] = ContextVar("llmkernel_floating_activations", default=False)
+
+
+@contextlib.contextmanager
+def floating_activations() -> Iterator[None]:
+    """Within it the inputs of integer matrices stay floats: results are those of the dense weights, more slowly."""
+    token = _floating.set(True)
+    try:
+        yield
+    finally:
+        _floating.reset(token)
+
+
+def rounds_inputs() -> bool:
+    """Whether inputs of integer matrices are rounded to int8; not where `floating_activations` or the environment says no.
+
+    Raises:
+        ValueError: $LLMKERNEL_ACTIVATIONS that is neither `int8` nor `float32`.
+    """
+    wanted = os.environ.get("LLMKERNEL_ACTIVATIONS", "int8")
+    if wanted not in ("int8", "float32"):
+        raise ValueError(f"LLMKERNEL_ACTIVATIONS={wanted!r}: must be int8 or float32.")
+    return wanted == "int8" and not _floating.get()
 
 
 def isa() -> str | None:

@@ -46,7 +46,8 @@ def _apply(x: torch.Tensor, first: Layout, second: Layout | None, bias: torch.Te
     structure = linear_of(first, second, bias)
     kind = TYPES[x.dtype]
     rows = x.numel() // max(x.shape[-1], 1)
-    check(NATIVE.llmk_apply(ctypes.byref(structure), x.data_ptr(), kind, rows, y.data_ptr(), kind, library.threads()))
+    call = (ctypes.byref(structure), x.data_ptr(), kind, rows, y.data_ptr(), kind)
+    check(NATIVE.llmk_apply(*call, library.rounds_inputs(), library.threads()))
     return y
 
 

@@ -121,7 +121,9 @@ def _file() -> Path:
 
 
 def _surroundings() -> str:
-    return f"{_processor()}, {library.isa()}, {library.threads()} threads, torch {torch.__version__}, {library.ABI}"
+    inputs = "int8" if library.rounds_inputs() else "float32"
+    threads = f"{library.threads()} threads"
+    return ", ".join((_processor(), str(library.isa()), inputs, threads, f"torch {torch.__version__}", str(library.ABI)))
 
 
 @functools.cache

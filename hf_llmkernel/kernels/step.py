@@ -73,7 +73,7 @@ class Plan:
     def is_faster(self, batch: int, new: int) -> bool:
         """Whether so many rows take less time here than through torch."""
         rows = 1 if batch == 1 and new <= FEW_TOKENS else batch * new
-        key = rows, library.isa(), library.threads()
+        key = rows, library.isa(), library.threads(), library.rounds_inputs()
         if key not in self.native:
             self.native[key] = PATHS.takes_step(self.matrices, len(self.layers), rows)
         return self.native[key]
@@ -285,10 +285,14 @@ def _looked_up(structure: Model, model: Any, tokens: torch.Tensor) -> tuple[Mode
 def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: Any, logits: torch.Tensor) -> None:
     assert NATIVE is not None
     batch, new = tokens.shape
+    rounds_inputs = library.rounds_inputs()
+    if rounds_inputs != bool(structure.rounds_inputs):  # a copy: another thread may be computing otherwise
+        structure = Model.from_buffer_copy(structure)
+        structure.rounds_inputs = rounds_inputs
     rows = (ctypes.byref(structure), tokens.data_ptr(), positions.data_ptr(), batch)
     seen = (places.buffer_info()[0], None if mask is None else mask.data_ptr(), 0 if mask is None else mask.shape[1])
     result = (logits.data_ptr(), TYPES[logits.dtype], library.threads())
-    if new == 1 and batch <= MOST_SEQUENCES:
+    if new == 1 and batch <= MOST_SEQUENCES and rounds_inputs:
         check(NATIVE.llmk_decode(*rows, *seen, *result))
     else:
         check(NATIVE.llmk_read(*rows, new, *seen, logits.shape[1], *result))
@@ -338,6 +342,7 @@ def _model_structure(model: Any, plan: Plan) -> Model:
         hidden=config.hidden_size,
         head_dim=config.head_dim,
         activation=ACTIVATIONS[config.hidden_act],
+        rounds_inputs=1,
         epsilon=config.rms_norm_eps,
         rotary_scale=body.rotary_emb.attention_scaling,
         rotary_frequencies=_floats(body.rotary_emb.inv_freq, plan),

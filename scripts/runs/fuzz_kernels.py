@@ -76,6 +76,11 @@ def fuzz_linear() -> None:
     y = torch.ops.llmkernel.linear(x, layout.data, layout.description, None)
     twin = twins.linear(x, dense, form.bits, form.group_size)
     torch.testing.assert_close(y, twin, rtol=1e-4, atol=1e-4 * float(twin.abs().max() + 1e-6))
+    if form.bits < 16:
+        with library.floating_activations():
+            y = torch.ops.llmkernel.linear(x, layout.data, layout.description, None)
+        twin = twins.linear(x, dense, 16, None)
+        torch.testing.assert_close(y, twin, rtol=1e-4, atol=1e-4 * float(twin.abs().max() + 1e-6))
 
 
 def fuzz_damage() -> None:

@@ -56,6 +56,39 @@ def test_integers_are_the_twins(level, name, shape):
         torch.testing.assert_close(y, twin, rtol=1e-5, atol=1e-5 * float(twin.abs().max()))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", FORMS)
+def test_floating_activations_multiply_the_dense_weight(level, name, shape):
+    torch.manual_seed(0)
+    rows, columns = SHAPES[shape]
+    form, stored, dense = packed(rows, columns, **FORMS[name])
+    layout, bias = packed_layout(stored, form, rows, columns), torch.randn(rows)
+    for m in (1, 3, 16, 131):
+        x = torch.randn(m, columns)
+        with library.floating_activations():
+            y = torch.ops.llmkernel.linear(x, layout.data, layout.description, bias)
+        exact = (x.double() @ dense.double().T + bias).float()
+        torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_low_rank_pairs_take_floating_activations(level):
+    torch.manual_seed(0)
+    factors = [packed(24, 70, bits=4, group_size=32), packed(50, 24, bits=8)]
+    layouts = [packed_layout(stored, form, *dense.shape) for form, stored, dense in factors]
+    x = torch.randn(5, 70)
+    described = [value for layout in layouts for value in (layout.data, layout.description)]
+    with library.floating_activations():
+        y = torch.ops.llmkernel.low_rank_linear(x, *described, None)
+    exact = (x.double() @ factors[0][2].double().T @ factors[1][2].double().T).float()
+    torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_an_unknown_kind_of_activations_is_refused(monkeypatch):
+    monkeypatch.setenv("LLMKERNEL_ACTIVATIONS", "int4")
+    with pytest.raises(ValueError, match="LLMKERNEL_ACTIVATIONS='int4': must be int8 or float32"):
+        library.rounds_inputs()
+
+
 def test_sparse_layouts_are_smaller_where_the_processor_expands():
     torch.manual_seed(0)
     sizes = {}

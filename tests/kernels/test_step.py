@@ -122,6 +122,27 @@ def test_a_step_is_torchs_forward(level, model, batch, native_calls, monkeypatch
     assert (logits - expected).norm() < tolerance * expected.norm()
 
 
+@pytest.mark.parametrize("way", ["context", "environment"])
+@pytest.mark.parametrize("model", ["int4", "int8", "sparse int8", "mixed forms"], indirect=True)
+def test_steps_by_floating_activations_are_torchs_to_rounding(level, model, way, native_calls, monkeypatch):
+    ids = prompt(2, 9)
+    with disabled():
+        expected = decoded(model, ids, native=False, monkeypatch=monkeypatch)
+    decoded(model, ids, steps=1, monkeypatch=monkeypatch)  # a plan that rounds is there
+    native_calls.clear()
+    if way == "environment":
+        monkeypatch.setenv("LLMKERNEL_ACTIVATIONS", "float32")
+        logits = decoded(model, ids, monkeypatch=monkeypatch)
+        monkeypatch.delenv("LLMKERNEL_ACTIVATIONS")
+    else:
+        with library.floating_activations():
+            logits = decoded(model, ids, monkeypatch=monkeypatch)
+    assert len(native_calls) == 6
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    rounded = decoded(model, ids, monkeypatch=monkeypatch)
+    assert (rounded - expected).norm() > 1e-3 * expected.norm()  # and rounds again
+
+
 def read(model, ids, native=True, monkeypatch=None, **options) -> tuple[torch.Tensor, DynamicCache]:
     """Logits of a prompt and the cache that it leaves; without `native`, torch's and native linears'."""
     cache = options.pop("past_key_values", None) or DynamicCache(config=model.config)

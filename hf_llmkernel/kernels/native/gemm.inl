@@ -50,24 +50,25 @@ inline void segment_tile(const SegmentWeights<B>& weights, int32_t offset, const
 // The records of B blocks, read side by side.
 template <class Reader, int B>
 struct BlockReaders {
-    const llmk_matrix& w;
+    const llmk_matrix* w = nullptr;
     const uint8_t *scales[B], *zeros[B];
     Reader readers[B];
+    BlockReaders() = default;
     static const uint8_t* values(const llmk_matrix& w, int64_t block) { return record(w, block) + scale_bytes(w) + zero_bytes(w); }
-    BlockReaders(const llmk_matrix& matrix, int64_t block) : w(matrix) {
+    BlockReaders(const llmk_matrix& matrix, int64_t block) : w(&matrix) {
         for (int b = 0; b < B; ++b) {
-            scales[b] = record(w, block + b);
-            zeros[b] = scales[b] + scale_bytes(w);
-            readers[b] = Reader(w, values(w, block + b));
+            scales[b] = record(matrix, block + b);
+            zeros[b] = scales[b] + scale_bytes(matrix);
+            readers[b] = Reader(matrix, values(matrix, block + b));
         }
     }
     void group(SegmentWeights<B>& weights) {
         for (int b = 0; b < B; ++b) {
             readers[b].group(zeros[b]);
-            weights.scale[b] = load_scales(scales[b], w.scale_type);
-            weights.zero[b] = w.zero_type == LLMK_TYPE_NONE ? f_zero() : load_scales(zeros[b], w.zero_type);
-            scales[b] += kBlock * type_bytes(w.scale_type);
-            zeros[b] += kBlock * type_bytes(w.zero_type);
+            weights.scale[b] = load_scales(scales[b], w->scale_type);
+            weights.zero[b] = w->zero_type == LLMK_TYPE_NONE ? f_zero() : load_scales(zeros[b], w->zero_type);
+            scales[b] += kBlock * type_bytes(w->scale_type);
+            zeros[b] += kBlock * type_bytes(w->zero_type);
         }
     }
     void segment(SegmentWeights<B>& weights) {
@@ -144,6 +145,28 @@ struct FloatsOfRows {
     static Floats dot(Floats acc, Floats weights, const float* x) { return f_fma(weights, f_set(*x), acc); }
 };
 
+// What integers stand for.
+template <class Reader>
+struct FloatsOfCodes {
+    static constexpr int kParts = 2;
+    const llmk_matrix* w = nullptr;
+    BlockReaders<Reader, 1> records;
+    SegmentWeights<1> weights;
+    int64_t vectors = 0;
+    FloatsOfCodes() = default;
+    FloatsOfCodes(const llmk_matrix& matrix, int64_t block) : w(&matrix), records(matrix, block) {}
+    void next(Floats* columns) {
+        const int64_t part = vectors % 2, segment = vectors++ / 2;
+        if (part == 0 && segment % group_segments(*w) == 0) records.group(weights);
+        if (part == 0) records.segment(weights);
+        const Floats zero = w->zero_type == LLMK_TYPE_NONE ? f_set(Reader::kNarrow ? 8.0f : 128.0f) : weights.zero[0];
+        for (int i = 0; i < 16; ++i)
+            columns[i] = f_mul(f_sub(f_column(weights.codes[0][4 * part + i / 4], i % 4), zero), weights.scale[0]);
+    }
+    static const float* inputs(const Tile& x) { return x.floats; }
+    static Floats dot(Floats acc, Floats weights, const float* x) { return f_fma(weights, f_set(*x), acc); }
+};
+
 #ifdef LLMK_SPARSE_LANES
 struct SparsePairs {
     static constexpr int kParts = 1;
@@ -169,7 +192,7 @@ inline void floating_tile(const llmk_matrix& w, int64_t block, const Tile& x, fl
     Panel panels[B];
     for (int b = 0; b < B; ++b) panels[b] = Panel(w, block + b);
     for (int64_t i = 0; i < round_up(x.rows, R) * B; ++i) f_store(out + i * kBlock, f_zero());
-    for (int64_t first = 0, segments = ceil_div(w.columns, kSegment); first < segments; first += kDepth) {
+    for (int64_t first = 0, segments = padded_columns(w) / kSegment; first < segments; first += kDepth) {
         const int64_t depth = smaller(kDepth, segments - first);
         for (int b = 0; b < B; ++b)
             for (int64_t v = 0; v < depth * kVectors; v += 16) {
@@ -211,13 +234,17 @@ inline void integer_blocks(const llmk_matrix& w, int64_t block, const Tile& x, f
     }
 }
 
-// The same of floating ones.
+// The same by floating inputs.
 template <int B>
 inline void floating_blocks(const llmk_matrix& w, int64_t block, const Tile& x, float* out) {
     switch (w.kind) {
         case LLMK_F32: return floating_tile<FloatsOfRows, B>(w, block, x, out);
         case LLMK_BF16: return floating_tile<PairsOfRows, B>(w, block, x, out);
+        case LLMK_INT8: return floating_tile<FloatsOfCodes<DenseInt8>, B>(w, block, x, out);
+        case LLMK_INT4: return floating_tile<FloatsOfCodes<DenseInt4>, B>(w, block, x, out);
 #ifdef LLMK_SPARSE_LANES
+        case LLMK_SPARSE_INT8: return floating_tile<FloatsOfCodes<Sparse<false>>, B>(w, block, x, out);
+        case LLMK_SPARSE_INT4: return floating_tile<FloatsOfCodes<Sparse<true>>, B>(w, block, x, out);
         case LLMK_SPARSE_BF16: return floating_tile<SparsePairs, B>(w, block, x, out);
 #endif
         default: __builtin_trap();
@@ -238,7 +265,7 @@ template <int B>
 inline void multiply_blocks(const llmk_matrix& w, const Tile& x, int64_t& block, int64_t end, float*& out, int64_t stride) {
     alignas(64) float sums[B * kTile * kBlock];
     for (; block + B <= end; block += B, out += B * kBlock) {
-        if (is_integer(w.kind)) integer_blocks<B>(w, block, x, sums);
+        if (x.codes != nullptr) integer_blocks<B>(w, block, x, sums);
         else floating_blocks<B>(w, block, x, sums);
         place_sums(w, block, B, sums, x.rows, out, stride);
     }
@@ -246,7 +273,7 @@ inline void multiply_blocks(const llmk_matrix& w, const Tile& x, int64_t& block,
 
 void multiply_tile(const llmk_matrix& w, const Tile& x, int64_t first_block, int64_t end_block, float* out, int64_t stride) {
     int64_t block = first_block;
-    if (kFloatBlocks > 2 && !is_integer(w.kind)) multiply_blocks<kFloatBlocks>(w, x, block, end_block, out, stride);
+    if (kFloatBlocks > 2 && x.codes == nullptr) multiply_blocks<kFloatBlocks>(w, x, block, end_block, out, stride);
     if (kTileBlocks > 1) multiply_blocks<kTileBlocks>(w, x, block, end_block, out, stride);
     multiply_blocks<1>(w, x, block, end_block, out, stride);
 }

@@ -28,7 +28,7 @@ struct Tile {
     const int32_t* sums = nullptr;    // the same
     const uint16_t* bf16 = nullptr;   // as codes, zero behind the columns
     const float* floats = nullptr;    // the same
-};
+};  // of integers: codes, or floats where inputs are not to be rounded
 
 // How a head [head_dim] is kept as integers between the lowest and the highest value of each group (see llmk_cache).
 struct Rounding {

@@ -144,6 +144,13 @@ inline Codes c_low(Codes x) {
 }
 inline Codes c_high(Codes x) { return c_low({_mm256_srli_epi16(x.a, 4), _mm256_srli_epi16(x.b, 4)}); }
 
+inline Floats f_column(Codes x, int column) {  // of the four, the codes of all rows
+    const auto of_eight = [&](__m256i codes) {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(codes, 8 * column), _mm256_set1_epi32(255)));
+    };
+    return {of_eight(x.a), of_eight(x.b)};
+}
+
 inline __m256i four(const int8_t* p) {
     int32_t x;
     __builtin_memcpy(&x, p, 4);

@@ -121,6 +121,9 @@ inline Codes c_of_rows(const uint8_t* p) {  // one code a row
     return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
                               _mm512_set1_epi32(0x01010101));
 }
+inline Floats f_column(Codes x, int column) {  // of the four, the codes of all rows
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(x, 8 * static_cast<unsigned>(column)), _mm512_set1_epi32(255)));
+}
 // acc + codes · four activations, of codes up to 15 and up to 255.
 inline Ints dot_narrow(Ints acc, Codes codes, const int8_t* x) {
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four(x)));

@@ -129,6 +129,9 @@ inline Codes c_high(Codes x) {
     for (int i = 0; i < 64; ++i) x.of[i] >>= 4;
     return x;
 }
+inline Floats f_column(Codes x, int column) {  // of the four, the codes of all rows
+    return each([&](int i) { return static_cast<float>(x.of[4 * i + column]); });
+}
 inline Ints dot_narrow(Ints acc, Codes codes, const int8_t* x) {
     for (int row = 0; row < 16; ++row)
         for (int column = 0; column < 4; ++column) acc.of[row] += codes.of[4 * row + column] * x[column];

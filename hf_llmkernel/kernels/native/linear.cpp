@@ -20,6 +20,7 @@ struct Call {
     int64_t m;
     void* y;
     int32_t y_type;
+    bool rounds_inputs;
 };
 
 int64_t out_features(const Call& call) {
@@ -97,7 +98,7 @@ void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
     const llmk_matrix &first = call.linear.first, &second = call.linear.second;
     const bool low_rank = second.kind != LLMK_NONE;
     const int64_t columns = first.columns;
-    TileSet outer(call.m, columns), inner(call.m, first.rows);
+    TileSet outer(call.m, columns, call.rounds_inputs), inner(call.m, first.rows, call.rounds_inputs);
     outer.add(arena, first);
     if (low_rank) inner.add(arena, second);
     float* middle = low_rank ? arena.take<float>(call.m * first.rows) : nullptr;
@@ -118,7 +119,7 @@ void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
 }
 
 void apply(const Call& call, const void* x, int32_t x_type, int threads) {
-    if (call.m >= kManyRows) apply_tiles(call, x, x_type, threads);
+    if (call.m >= kManyRows || !call.rounds_inputs) apply_tiles(call, x, x_type, threads);
     else apply_rows(call, x, x_type, threads);
 }
 
@@ -126,9 +127,10 @@ void apply(const Call& call, const void* x, int32_t x_type, int threads) {
 }  // namespace llmk
 
 LLMK_API const char* llmk_apply(
-    const llmk_linear* linear, const void* x, int32_t x_type, int64_t m, void* y, int32_t y_type, int threads) {
+    const llmk_linear* linear, const void* x, int32_t x_type, int64_t m, void* y, int32_t y_type,
+    int32_t rounds_inputs, int threads) {
     try {
-        if (m > 0) llmk::apply({*linear, m, y, y_type}, x, x_type, threads);
+        if (m > 0) llmk::apply({*linear, m, y, y_type, rounds_inputs != 0}, x, x_type, threads);
     } catch (const std::exception&) {
         return "out of memory";
     }

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #define LLMK_API extern "C" __attribute__((visibility("default")))
-#define LLMK_ABI 3
+#define LLMK_ABI 4
 
 enum llmk_kind : int32_t {
     LLMK_NONE = 0,
@@ -81,6 +81,7 @@ struct llmk_model {
     int32_t hidden;
     int32_t head_dim;
     int32_t activation;  // llmk_activation
+    int32_t rounds_inputs;  // those of integer matrices to int8; else they stay floats, and every call is as one of many rows
     float epsilon;
     float rotary_scale;
     const float* rotary_frequencies;  // [head_dim / 2]
@@ -117,9 +118,10 @@ LLMK_API const char* llmk_set_isa(const char* name);
 LLMK_API const char* llmk_plan(const llmk_stored* stored, llmk_matrix* matrix, int64_t* bytes);
 LLMK_API const char* llmk_pack(const llmk_stored* stored, const llmk_matrix* matrix, uint8_t* data, int threads);
 
-// y [M, O] = x [M, I] by a linear; both contiguous, of type F32 or BF16.
+// y [M, O] = x [M, I] by a linear; both contiguous, of type F32 or BF16. rounds_inputs as in llmk_model.
 LLMK_API const char* llmk_apply(
-    const llmk_linear* linear, const void* x, int32_t x_type, int64_t m, void* y, int32_t y_type, int threads);
+    const llmk_linear* linear, const void* x, int32_t x_type, int64_t m, void* y, int32_t y_type, int32_t rounds_inputs,
+    int threads);
 
 // One token of every sequence through the whole model: logits [batch, vocabulary].
 //   tokens, positions: [batch]

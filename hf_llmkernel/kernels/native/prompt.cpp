@@ -26,13 +26,13 @@ struct Stage {
     float* middle[3] = {};  // [M, rank]
 
     Stage() = default;
-    Stage(Arena& arena, int64_t rows, std::initializer_list<const llmk_linear*> linears) {
-        outer = TileSet(rows, (*linears.begin())->first.columns);
+    Stage(Arena& arena, int64_t rows, bool rounds, std::initializer_list<const llmk_linear*> linears) {
+        outer = TileSet(rows, (*linears.begin())->first.columns, rounds);
         for (const llmk_linear* more : linears) {
             outer.add(arena, more->first);
             if (is_low_rank(*more)) {
                 middle[count] = arena.take<float>(rows * more->first.rows);
-                inner[count] = TileSet(rows, more->first.rows);
+                inner[count] = TileSet(rows, more->first.rows, rounds);
                 inner[count].add(arena, more->second);
             }
             linear[count++] = more;
@@ -295,7 +295,7 @@ void make_stages(Run& run, Arena arenas[2]) {
     const auto stage = [&](int64_t rows, std::initializer_list<const llmk_linear*> linears) {
         Arena& arena = arenas[made++ % 2];
         arena.clear();
-        return Stage(arena, rows, linears);
+        return Stage(arena, rows, model.rounds_inputs != 0, linears);
     };
     for (int32_t i = 0; i < model.layers; ++i) {
         const llmk_layer& layer = model.layer[i];
@@ -384,7 +384,7 @@ LLMK_API const char* llmk_read(
     try {
         const Call prompt{*model, tokens, positions, batch, length, caches, mask, mask_stride, kept, logits, logits_type,
                           threads < 1 ? 1 : threads};
-        if (batch * length <= kFewRows) {
+        if (batch * length <= kFewRows && model->rounds_inputs != 0) {
             decode(prompt);
             return nullptr;
         }

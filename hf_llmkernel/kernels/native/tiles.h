@@ -14,7 +14,8 @@ constexpr int64_t kManyRows = 16;  // from here on tiles are faster than rows on
 class TileSet {
   public:
     TileSet() = default;
-    TileSet(int64_t rows, int64_t columns) : rows_(rows), columns_(columns) {}
+    // Inputs of integers are rounded to int8, or left as they are.
+    TileSet(int64_t rows, int64_t columns, bool rounds) : rows_(rows), columns_(columns), rounds_(rounds) {}
 
     int64_t tiles() const { return ceil_div(rows_, kTile); }
 
@@ -22,12 +23,13 @@ class TileSet {
     void add(Arena& arena, const llmk_matrix& w) {
         if (find(w) != nullptr) return;
         Form& form = forms_[count_++];
-        form.kind = kind_of(w);
-        form.segments = is_integer(w.kind) ? padded_columns(w) / kSegment : ceil_div(w.columns, kSegment);
+        form.values = values_of(w);
+        form.group = group_of(w);
+        form.segments = padded_columns(columns_, form.group == 0 ? columns_ : form.group) / kSegment;
         const int64_t entries = tiles() * form.segments * kTile;
-        if (form.kind == kWords) form.bf16 = arena.take<uint16_t>(entries * kSegment);
-        if (form.kind == kFloats) form.floats = arena.take<float>(entries * kSegment);
-        if (form.kind < 0) return;
+        if (form.values == Values::kWords) form.bf16 = arena.take<uint16_t>(entries * kSegment);
+        if (form.values == Values::kFloats) form.floats = arena.take<float>(entries * kSegment);
+        if (form.values != Values::kCodes) return;
         form.codes = arena.take<int8_t>(entries * kSegment);
         form.scales = arena.take<float>(entries);
         form.sums = arena.take<int32_t>(entries);
@@ -37,13 +39,12 @@ class TileSet {
         for (int i = 0; i < count_; ++i) {
             const Form& form = forms_[i];
             const int64_t at = row / kTile * form.segments * kTile + row % kTile;
-            if (form.kind >= 0) {
-                kernels().quantize(x, columns_, form.kind, kTile, form.codes + at * kSegment, form.scales + at, form.sums + at);
-                if (row == rows_ - 1) clear_missing(form, at);
+            if (form.values != Values::kCodes) {
+                fill_segments(form, at, x);
+                continue;
             }
-            for (int64_t segment = 0; form.kind < 0 && segment < form.segments; ++segment)
-                fill_segment(form, (at + segment * kTile) * kSegment, x + segment * kSegment,
-                             smaller(kSegment, columns_ - segment * kSegment));
+            kernels().quantize(x, columns_, form.group, kTile, form.codes + at * kSegment, form.scales + at, form.sums + at);
+            if (row == rows_ - 1) clear_missing(form, at);
         }
     }
 
@@ -52,9 +53,9 @@ class TileSet {
         const int64_t at = tile * form.segments * kTile;
         Tile x;
         x.rows = smaller(kTile, rows_ - tile * kTile);
-        if (form.kind == kWords) x.bf16 = form.bf16 + at * kSegment;
-        if (form.kind == kFloats) x.floats = form.floats + at * kSegment;
-        if (form.kind < 0) return x;
+        if (form.values == Values::kWords) x.bf16 = form.bf16 + at * kSegment;
+        if (form.values == Values::kFloats) x.floats = form.floats + at * kSegment;
+        if (form.values != Values::kCodes) return x;
         x.codes = form.codes + at * kSegment;
         x.scales = form.scales + at;
         x.sums = form.sums + at;
@@ -62,10 +63,11 @@ class TileSet {
     }
 
   private:
-    static constexpr int64_t kWords = -1, kFloats = -2;
+    enum class Values { kCodes, kWords, kFloats };
 
     struct Form {
-        int64_t kind, segments;  // the padding group of integers, or one of the above
+        Values values;
+        int64_t group, segments;  // the padding group, 0 for none
         int8_t* codes;
         float* scales;
         int32_t* sums;
@@ -73,13 +75,15 @@ class TileSet {
         float* floats;
     };
 
-    static int64_t kind_of(const llmk_matrix& w) {
-        return is_integer(w.kind) ? padding_group(w) : w.kind == LLMK_F32 ? kFloats : kWords;
+    Values values_of(const llmk_matrix& w) const {
+        if (is_integer(w.kind)) return rounds_ ? Values::kCodes : Values::kFloats;
+        return w.kind == LLMK_F32 ? Values::kFloats : Values::kWords;
     }
+    static int64_t group_of(const llmk_matrix& w) { return is_integer(w.kind) ? padding_group(w) : 0; }
 
     const Form* find(const llmk_matrix& w) const {
         for (int i = 0; i < count_; ++i)
-            if (forms_[i].kind == kind_of(w)) return &forms_[i];
+            if (forms_[i].values == values_of(w) && forms_[i].group == group_of(w)) return &forms_[i];
         return nullptr;
     }
 
@@ -89,12 +93,22 @@ class TileSet {
             for (int64_t i = 1; i <= (-rows_ & 3); ++i) form.sums[last + segment * kTile + i] = 0;
     }
 
+    void fill_segments(const Form& form, int64_t at, const float* x) const {
+        const int64_t group = form.group == 0 ? columns_ : form.group;
+        for (int64_t begin = 0; begin < columns_; begin += group) {
+            const int64_t end = smaller(begin + group, columns_);
+            for (int64_t column = begin; column < end; column += kSegment, at += kTile)
+                fill_segment(form, at * kSegment, x + column, smaller(kSegment, end - column));
+        }
+    }
+
     static void fill_segment(const Form& form, int64_t at, const float* x, int64_t columns) {
-        if (form.kind == kWords) return kernels().to_bf16(x, columns, kSegment, form.bf16 + at);
+        if (form.values == Values::kWords) return kernels().to_bf16(x, columns, kSegment, form.bf16 + at);
         for (int64_t i = 0; i < kSegment; ++i) form.floats[at + i] = i < columns ? x[i] : 0.0f;
     }
 
     int64_t rows_ = 0, columns_ = 0;
+    bool rounds_ = true;
     int count_ = 0;
     Form forms_[3];  // of the matrices that take the same rows, at most three
 };
