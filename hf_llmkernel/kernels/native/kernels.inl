@@ -173,25 +173,37 @@ inline void integer_block(const llmk_matrix& w, const uint8_t* record, const Inp
 
 // ---- floating matrices ----
 
+// W rows of the matrix at once, so that an input is loaded once for all of them.
+template <int M, int W>
+inline void bf16_rows(const uint16_t* weight, int64_t columns, const Inputs& x, int64_t m, int64_t row, Floats (*acc)[16]) {
+    const int64_t whole = columns / 32 * 32, rest = columns - whole;
+    const uint16_t* inputs = x.bf16 + m * x.padded;
+    Floats sum[M][W];
+    for (int i = 0; i < M; ++i)
+        for (int r = 0; r < W; ++r) sum[i][r] = f_zero();
+    for (int64_t column = 0; column < whole; column += 32) {
+        for (int r = 0; r < W; ++r) prefetch(weight + r * columns + column + 1024);
+        for (int i = 0; i < M; ++i)
+            for (int r = 0; r < W; ++r)
+                sum[i][r] = dot_bf16(sum[i][r], weight + r * columns + column, inputs + i * x.padded + column);
+    }
+    for (int i = 0; i < M; ++i)
+        for (int r = 0; r < W; ++r) {
+            if (rest) sum[i][r] = dot_bf16_some(sum[i][r], weight + r * columns + whole, inputs + i * x.padded + whole, rest);
+            acc[i][row + r] = sum[i][r];
+        }
+}
+
 template <int M>
 inline void bf16_block(const llmk_matrix& w, int64_t row, int64_t rows, const Inputs& x, int64_t m, Floats* out) {
+    constexpr int W = M < 4 || kFewSums < M ? 1 : kFewSums / M;  // the inputs of few stay in the first-level cache anyway
     const auto* weight = reinterpret_cast<const uint16_t*>(w.data) + row * w.columns;
-    const int64_t whole = w.columns / 32 * 32, rest = w.columns - whole;
     Floats acc[M][16];
     for (int i = 0; i < M; ++i)
         for (int r = 0; r < 16; ++r) acc[i][r] = f_zero();
-    for (int64_t r = 0; r < rows; ++r, weight += w.columns) {
-        Floats sum[M];
-        for (int i = 0; i < M; ++i) sum[i] = f_zero();
-        for (int64_t column = 0; column < whole; column += 32) {
-            prefetch(weight + column + 1024);
-            for (int i = 0; i < M; ++i) sum[i] = dot_bf16(sum[i], weight + column, x.bf16 + (m + i) * x.padded + column);
-        }
-        for (int i = 0; i < M; ++i) {
-            if (rest) sum[i] = dot_bf16_some(sum[i], weight + whole, x.bf16 + (m + i) * x.padded + whole, rest);
-            acc[i][r] = sum[i];
-        }
-    }
+    int64_t r = 0;
+    for (; r + W <= rows; r += W) bf16_rows<M, W>(weight + r * w.columns, w.columns, x, m, r, acc);
+    for (; r < rows; ++r) bf16_rows<M, 1>(weight + r * w.columns, w.columns, x, m, r, acc);
     for (int i = 0; i < M; ++i) out[i] = f_sums(acc[i]);
 }
 

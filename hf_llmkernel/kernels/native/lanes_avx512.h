@@ -11,6 +11,7 @@ constexpr int32_t kWideOffset = 0;  // what dot_wide subtracts from its codes
 constexpr bool kDotsPairs = true;   // bf16 in one instruction
 constexpr int kWideVectors = 4;     // of a row that are summed at once, four rows at a time
 constexpr int kTileBlocks = 2;    // of integers, multiplied by a tile at once
+constexpr int kFewSums = 24;        // of few rows, which stay in registers
 constexpr int kFloatRows = 8;      // of a tile, whose sums stay in registers
 constexpr int kFloatBlocks = 3;    // of floats, the same
 

@@ -9,6 +9,7 @@ constexpr int32_t kWideOffset = 0;
 constexpr bool kDotsPairs = false;
 constexpr int kWideVectors = 1;
 constexpr int kTileBlocks = 1;    // of integers, multiplied by a tile at once
+constexpr int kFewSums = 6;        // of few rows, which stay in registers
 constexpr int kFloatRows = 4;      // of a tile, whose sums stay in registers
 constexpr int kFloatBlocks = 1;    // of floats, the same
 

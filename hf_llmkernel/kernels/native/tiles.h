@@ -147,7 +147,7 @@ class PartsOf {
   public:
     PartsOf(const Factor& factor, int threads)
         : factor_(factor), tiles_(factor.x->tiles()), blocks_(blocks(*factor.w)),
-          size_(larger(1, smaller(8, ceil_div(blocks_ * tiles_, threads * 4)))) {}
+          size_(larger(1, smaller(16, ceil_div(blocks_ * tiles_, threads * 4)))) {}
     int64_t count() const { return tiles_ * ceil_div(blocks_, size_); }
     Part multiply(int64_t index, float* sums) const {
         const int64_t tile = index % tiles_, first = index / tiles_ * size_, end = smaller(first + size_, blocks_);
@@ -162,7 +162,7 @@ class PartsOf {
     int64_t tiles_, blocks_, size_;
 };
 
-constexpr int64_t kMostSums = kTile * 8 * kBlock;  // of a part
+constexpr int64_t kMostSums = kTile * 16 * kBlock;  // of a part
 
 // Products, every part of them handed to `done(index of the factor, part)` where it is computed.
 template <class Done>
