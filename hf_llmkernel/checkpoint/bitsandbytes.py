@@ -19,7 +19,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..model.modeling_llm_kernel import CAST_FILTER, CAST_LOGGER, check_quantized_tensors
+from ..model.checks_llm_kernel import CAST_FILTER, CAST_LOGGER, check_quantized_tensors
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256  # values of a scale, and scales of a scale

@@ -1,8 +1,8 @@
 """The native library by ctypes: its structures (see native/llmkernel.h), whether it is there, and whether it is in use.
 
 Environment: LLMKERNEL_KERNELS=off runs everything on torch, LLMKERNEL_ISA (avx512, avx2, portable) lowers the
-instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted. LLMKERNEL_ACTIVATIONS=float32
-keeps the inputs of integer matrices as they are, which are rounded to int8 without it.
+instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted, and
+LLMKERNEL_ACTIVATIONS=float32 keeps the inputs of integer matrices as they are, which are rounded to int8 without it.
 """
 
 import contextlib
@@ -119,7 +119,7 @@ def floating_activations() -> Iterator[None]:
 
 
 def rounds_inputs() -> bool:
-    """Whether inputs of integer matrices are rounded to int8; not where `floating_activations` or the environment says no.
+    """Whether inputs of integer matrices are rounded to int8: not in `floating_activations`, nor by the environment.
 
     Raises:
         ValueError: $LLMKERNEL_ACTIVATIONS that is neither `int8` nor `float32`.

@@ -123,7 +123,7 @@ def _file() -> Path:
 def _surroundings() -> str:
     inputs = "int8" if library.rounds_inputs() else "float32"
     threads = f"{library.threads()} threads"
-    return ", ".join((_processor(), str(library.isa()), inputs, threads, f"torch {torch.__version__}", str(library.ABI)))
+    return f"{_processor()}, {library.isa()}, {inputs}, {threads}, torch {torch.__version__}, {library.ABI}"
 
 
 @functools.cache

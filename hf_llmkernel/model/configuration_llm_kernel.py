@@ -67,6 +67,7 @@ LAYER_FIELDS = (
 
 # Everything a folder needs to load where this package is not installed.
 PAYLOAD_FILES = (
+    "checks_llm_kernel.py",
     "configuration_llm_kernel.py",
     "cuda_llm_kernel.py",
     "linear_llm_kernel.py",

@@ -299,7 +299,7 @@ def test_output_in_the_way_and_missing_tokenizer_are_named(tmp_path, tiny, text)
     with pytest.raises(ValueError, match="exists and is not empty"):
         compress(tiny, {"stages": [INT8]}, tmp_path / "out", progress=False)
     bare = damaged_copy(tiny, tmp_path / "bare", lambda tensors: None)
-    with pytest.raises(ValueError, match="^damaged: its tokenizer does not load .*pass a tokenizer"):
+    with pytest.raises(ValueError, match="damaged: its tokenizer does not load .*pass a tokenizer"):
         compress(bare, recipe_for(text, PRUNE), tmp_path / "other", progress=False)
 
 

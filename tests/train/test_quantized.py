@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
+from hf_llmkernel.model.checks_llm_kernel import quantized_linears
 from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
-from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForCausalLM, quantized_linears
+from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForCausalLM
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
