@@ -73,10 +73,19 @@ def render_chat(result: dict[str, Any]) -> str:
     return ""
 
 
+def _piped_lines() -> Iterator[str]:
+    try:
+        for line in sys.stdin:
+            line.encode()  # Python may have let other bytes pass
+            yield line
+    except UnicodeError:
+        raise ValueError("standard input: is not UTF-8; give it as UTF-8.") from None
+
+
 def messages() -> Iterator[str]:
     """Lines of standard input, without empty ones, asked for where it is a terminal; Ctrl-C there asks anew."""
     if not sys.stdin.isatty():
-        yield from filter(None, map(str.strip, sys.stdin))
+        yield from filter(None, map(str.strip, _piped_lines()))
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (lines can then be edited and called back)

@@ -59,10 +59,11 @@ def serve(
     if alike := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"MODEL={alike[0]}: is the name of two models; rename a folder, or link to it under another.")
     served = [Served(name, model) for name, model in zip(names, models, strict=True)]
-    engine = Engine([*served, *named_adapters(adapter or [], served)], dtype, batch, budget)
-    if len(served) == 1:
-        engine.release(engine.use(served[0].name).result())
-    with _listen(host, port) as listening:
+    adapters = named_adapters(adapter or [], served)
+    with _listen(host, port) as listening:  # before a model is loaded for nothing
+        engine = Engine([*served, *adapters], dtype, batch, budget)
+        if len(served) == 1:
+            engine.release(engine.use(served[0].name).result())
         address = f"http://{host}:{listening.getsockname()[1]}/v1"
         print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
         app = build_app(engine, max_tokens, batch + queue)

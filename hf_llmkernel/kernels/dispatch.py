@@ -27,6 +27,7 @@ class Kernels:
             input.device.type == "cpu"
             and input.dtype in (torch.float32, torch.bfloat16)
             and type(input) is torch.Tensor
+            and not torch.is_autocast_enabled("cpu")
             and not (input.requires_grad and torch.is_grad_enabled())
         )
 

@@ -18,6 +18,8 @@ ABI = 4
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
 NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
 TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type
+ISAS = ("avx512", "avx2", "portable")  # the best that the processor has, unless one is wanted
+MOST_THREADS = 1024
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}  # llmk_activation
 
 
@@ -91,8 +93,22 @@ _disabled: ContextVar[bool] = ContextVar("llmkernel_kernels_disabled", default=F
 
 
 def is_enabled() -> bool:
-    """Whether native kernels serve: the library is there, and neither the environment nor `disabled()` says no."""
-    return NATIVE is not None and not _disabled.get() and os.environ.get("LLMKERNEL_KERNELS", "on") != "off"
+    """Whether native kernels serve: the library is there, and neither the environment nor `disabled()` says no.
+
+    Raises:
+        ValueError: $LLMKERNEL_KERNELS or $LLMKERNEL_ISA that is none of its values.
+    """
+    wanted = _setting("LLMKERNEL_KERNELS", ("on", "off"))
+    _setting("LLMKERNEL_ISA", ISAS)
+    return NATIVE is not None and not _disabled.get() and wanted == "on"
+
+
+def _setting(name: str, values: tuple[str, ...]) -> str:
+    """A variable of the environment; the first of its values where it is not set, or empty."""
+    value = os.environ.get(name) or values[0]
+    if value not in values:
+        raise ValueError(f"{name}={value!r}: must be {' or '.join(values)}.")
+    return value
 
 
 @contextlib.contextmanager
@@ -124,10 +140,7 @@ def rounds_inputs() -> bool:
     Raises:
         ValueError: $LLMKERNEL_ACTIVATIONS that is neither `int8` nor `float32`.
     """
-    wanted = os.environ.get("LLMKERNEL_ACTIVATIONS", "int8")
-    if wanted not in ("int8", "float32"):
-        raise ValueError(f"LLMKERNEL_ACTIVATIONS={wanted!r}: must be int8 or float32.")
-    return wanted == "int8" and not _floating.get()
+    return _setting("LLMKERNEL_ACTIVATIONS", ("int8", "float32")) == "int8" and not _floating.get()
 
 
 def isa() -> str | None:
@@ -139,8 +152,17 @@ _generating: ContextVar[int] = ContextVar("llmkernel_generating", default=0)  # 
 
 
 def threads() -> int:
-    """Threads of a native call: $LLMKERNEL_THREADS, else torch's."""
-    return int(os.environ.get("LLMKERNEL_THREADS") or 0) or _generating.get() or torch.get_num_threads()
+    """Threads of a native call: $LLMKERNEL_THREADS, else torch's.
+
+    Raises:
+        ValueError: $LLMKERNEL_THREADS that is no number from 1 to 1024.
+    """
+    wanted = os.environ.get("LLMKERNEL_THREADS")
+    if not wanted:
+        return _generating.get() or torch.get_num_threads()
+    if not wanted.isdecimal() or not 1 <= int(wanted) <= MOST_THREADS:
+        raise ValueError(f"LLMKERNEL_THREADS={wanted!r}: must be a whole number from 1 to {MOST_THREADS}.")
+    return int(wanted)
 
 
 @contextlib.contextmanager

@@ -29,8 +29,8 @@ from .layout import dense_layout, packed_layout
 
 SIDES = (256, 1024, 2048)  # of the square matrices that are measured
 ROWS = (1, 4, 16, 64, 256)
-TURNS = 3
-MARGIN = 1.5
+TURNS = 5
+MARGIN = 2.0
 CLEAR = 4  # times as fast as torch, and no more turns are needed
 LAYER_SECONDS = 3e-4  # of torch's own operations around the products of a decoder layer
 FORMS: dict[int, dict[str, Any]] = {

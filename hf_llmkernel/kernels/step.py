@@ -182,7 +182,7 @@ def _step(
 
 
 def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) -> bool:
-    if model.training or type(input_ids) is not torch.Tensor:
+    if model.training or type(input_ids) is not torch.Tensor or torch.is_autocast_enabled("cpu"):
         return False
     if input_ids.dim() != 2 or not input_ids.numel():
         return False

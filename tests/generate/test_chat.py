@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_llmkernel import cli
 from hf_llmkernel.generate import chat as module
-from hf_llmkernel.generate.chat import Conversation, chat
+from hf_llmkernel.generate.chat import Conversation, chat, messages
 from hf_llmkernel.generate.sampling import GREEDY
 
 
@@ -39,6 +39,14 @@ def greedy(loaded, history: list[dict], tokens: int = 6) -> str:
         if ids[0, -1] == tokenizer.eos_token_id:
             break
     return tokenizer.decode(ids[0, first:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_lines_that_are_no_text_are_refused(errors, monkeypatch):
+    piped = io.TextIOWrapper(io.BytesIO(b"one\n\xff two\n"), encoding="utf-8", errors=errors)
+    monkeypatch.setattr("sys.stdin", piped)
+    with pytest.raises(ValueError, match="standard input: is not UTF-8"):
+        list(messages())
 
 
 def test_every_turn_answers_the_whole_history(tiny_checkpoint, loaded, type_in, capsys):

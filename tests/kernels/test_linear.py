@@ -83,10 +83,29 @@ def test_low_rank_pairs_take_floating_activations(level):
     torch.testing.assert_close(y, exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_an_unknown_kind_of_activations_is_refused(monkeypatch):
-    monkeypatch.setenv("LLMKERNEL_ACTIVATIONS", "int4")
-    with pytest.raises(ValueError, match="LLMKERNEL_ACTIVATIONS='int4': must be int8 or float32"):
-        library.rounds_inputs()
+SETTINGS = {
+    "LLMKERNEL_ACTIVATIONS": ("int4", "must be int8 or float32", library.rounds_inputs),
+    "LLMKERNEL_KERNELS": ("banana", "must be on or off", library.is_enabled),
+    "LLMKERNEL_ISA": ("sse", "must be avx512 or avx2 or portable", library.is_enabled),
+    "LLMKERNEL_THREADS": ("abc", "must be a whole number from 1 to 1024", library.threads),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_unknown_setting_is_refused(name, monkeypatch):
+    value, rule, ask = SETTINGS[name]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}='{value}': {rule}"):
+        ask()
+    monkeypatch.setenv(name, "")
+    ask()  # as if it were not set
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "99999999999", "1.5"])
+def test_impossible_numbers_of_threads_are_refused(threads, monkeypatch):
+    monkeypatch.setenv("LLMKERNEL_THREADS", threads)
+    with pytest.raises(ValueError, match="LLMKERNEL_THREADS"):
+        library.threads()
 
 
 def test_sparse_layouts_are_smaller_where_the_processor_expands():

@@ -447,6 +447,13 @@ def test_layers_of_the_cache_are_what_they_replace(native_calls):
     assert cache.layers[0].get_seq_length() == 0
 
 
+def test_autocast_is_torchs(native_calls):
+    model, ids = random_model(**forms(bits=8)), prompt(1, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits
+    assert not native_calls and logits.dtype == torch.bfloat16
+
+
 def test_two_models_in_two_threads(native_calls):
     from concurrent.futures import ThreadPoolExecutor
 
