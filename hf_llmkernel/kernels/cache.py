@@ -83,7 +83,7 @@ class Rooms:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.key_room, self.value_room = Room(), Room()
-        self.addresses: tuple[int, ...] | None = None  # of the rooms' tensors and their strides, while they are these
+        self.addresses: tuple[Any, ...] | None = None  # of the rooms' tensors and their strides, while they are these
         super().__init__(*args, **kwargs)
 
     @property
@@ -104,22 +104,22 @@ class Rooms:
         for room in self.rooms:
             room.length += tokens
 
-    def place(self, tokens: int) -> tuple[int, ...] | None:
+    def place(self, tokens: int, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
         """Where a native call finds all this and writes the next tokens: `llmk_cache`, its mask offset left 0.
 
-        `None` where there is nothing yet, or nothing that it can write into.
+        `None` where there is nothing yet, or nothing that it can write into, or states of another shape than B, N, D.
         """
         room = self.key_room
         places = self.addresses
         if places is None or room.begin + room.length + tokens > places[-1]:
             places = self.addresses = self._make_room(tokens)
-        if places is None:
+        if places is None or places[-2] != shape:
             return None
-        keys, values, batch, head, token, kind, size, _ = places
+        keys, values, batch, head, token, kind, size, *_ = places
         offset = room.begin * token * size
         return keys + offset, values + offset, batch, head, token, room.length, 0, kind, self.bits, self.group_size
 
-    def _make_room(self, tokens: int) -> tuple[int, ...] | None:
+    def _make_room(self, tokens: int) -> tuple[Any, ...] | None:
         states, others = (room.states() for room in self.rooms)
         if states is None or others is None or states.dim() != 4:
             return None
@@ -135,7 +135,9 @@ class Rooms:
         keys, values = self.key_room.tensor, self.value_room.tensor
         assert keys is not None and values is not None
         batch, head, token, _ = keys.stride()
-        return keys.data_ptr(), values.data_ptr(), batch, head, token, TYPES[dtype], keys.element_size(), keys.shape[2]
+        shape = (*keys.shape[:2], getattr(self, "head_dim", 0) if self.bits else keys.shape[3])
+        kind, size = TYPES[dtype], keys.element_size()
+        return keys.data_ptr(), values.data_ptr(), batch, head, token, kind, size, shape, keys.shape[2]
 
 
 class _RoomyStates(Rooms):
@@ -227,10 +229,12 @@ def start(layer: Any, batch: int, heads: int, head_dim: int, dtype: torch.dtype)
         layer.keys, layer.values = states, states.clone()
 
 
-def static_place(layer: StaticLayer, tokens: int) -> tuple[int, ...] | None:
-    """`_RoomyStates.place` of a static layer; `None` where it is full, or not fp32 or bf16 on the CPU."""
+def static_place(layer: StaticLayer, tokens: int, shape: tuple[int, int, int]) -> tuple[int, ...] | None:
+    """`Rooms.place` of a static layer; `None` where it is full, or not fp32 or bf16 on the CPU."""
     keys, values = layer.keys, layer.values
     if keys is None or values is None or keys.shape != values.shape or keys.device.type != "cpu":
+        return None
+    if (*keys.shape[:2], keys.shape[3]) != shape:
         return None
     if keys.dtype not in (torch.float32, torch.bfloat16) or keys.dtype != values.dtype:
         return None

@@ -199,7 +199,8 @@ def _is_step(model: Any, input_ids: Any, cache: Any, options: dict[str, Any]) ->
         return False
     if not (config.use_cache if use_cache is None else use_cache):
         return False
-    return not any(value for name, value in options.items() if name not in PLAIN_OPTIONS)
+    others = (value for name, value in options.items() if name not in PLAIN_OPTIONS)
+    return all(value is None or value is False for value in others)
 
 
 def crop(model: nn.Module, cache: Cache, tokens: int) -> None:
@@ -221,14 +222,14 @@ def _cache_places(cache: Any, plan: Plan, batch: int, seen: int, new: int) -> ar
         return None
     places = [0] * (PLACE * plan.model.layers)
     for index in plan.attending:
+        shape = batch, plan.layers[index].key_value_heads, plan.model.head_dim
         if not layers[index].is_initialized:
-            heads = plan.layers[index].key_value_heads
-            start(layers[index], batch, heads, plan.model.head_dim, plan.dtype)
+            start(layers[index], *shape, plan.dtype)
         layer = layers[index]
         if type(layer) is StaticLayer:
-            place = static_place(layer, new)
+            place = static_place(layer, new, shape)
         elif (writable := roomy(layer)) is not None:
-            place = writable.place(new)
+            place = writable.place(new, shape)
             layers[index] = writable
         else:
             return None

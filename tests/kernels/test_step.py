@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
+from hf_llmkernel import IntegerCache, LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.kernels import disabled, library, step
 from hf_llmkernel.kernels.cache import RoomyLayer, RoomySlidingLayer
 
@@ -445,6 +445,32 @@ def test_layers_of_the_cache_are_what_they_replace(native_calls):
     assert twin.layers[0].keys.shape == (2, 2, 12, 10)
     cache.layers[0].reset()
     assert cache.layers[0].get_seq_length() == 0
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "used", "static", "integer"])
+@pytest.mark.parametrize("other", [{"num_key_value_heads": 4}, {"head_dim": 6}, {}])
+def test_a_cache_of_another_shape_is_torchs_to_refuse(kind, other, native_calls):
+    model, ids = random_model(), prompt(2, 3)
+    makes = {"static": lambda config: StaticCache(config=config, max_cache_len=16), "integer": IntegerCache}
+    maker = random_model(**other) if other else model
+    cache = makes.get(kind, lambda config: DynamicCache(config=config))(maker.config)
+    maker(ids[:1], past_key_values=cache, use_cache=True)
+    if kind != "used":
+        for layer in cache.layers:
+            layer.addresses = None
+    native_calls.clear()
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
+        model(ids, past_key_values=cache, use_cache=True)
+    assert not native_calls
+
+
+def test_options_that_are_tensors_are_torchs(native_calls):
+    model, ids = random_model(), prompt(1, 4)
+    expected = model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits
+    given = {"past_key_values": DynamicCache(config=model.config), "cache_position": torch.arange(4)}
+    logits = model(ids, use_cache=True, **given).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    assert native_calls == [1]
 
 
 def test_autocast_is_torchs(native_calls):

@@ -523,3 +523,10 @@ def test_relu_without_a_gate_is_two_linears():
     expected = nn.functional.relu(x @ mlp.up_proj.weight.T + mlp.up_proj.bias) @ mlp.down_proj.weight.T
     torch.testing.assert_close(mlp(x), expected + mlp.down_proj.bias)
     assert LinearForm() == LinearForm.from_dict(model.config.linear_forms.get("up_proj"))
+
+
+def test_forms_of_the_family_are_not_dequantized():
+    form = {name: INT8 for name in ("q_proj", "down_proj")}
+    model = LLMKernelForCausalLM(LLMKernelConfig(**SMALL, linear_forms=form))
+    with pytest.raises(ValueError, match=r"dequantize: layers.0.self_attn.q_proj|dequantize: layers.0.q_proj"):
+        model.dequantize()
