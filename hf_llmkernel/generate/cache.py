@@ -2,7 +2,7 @@
 
 Every head of every token has scales of its own, so that what is stored is never rounded again when tokens follow. The
 tokens of a call are seen exactly by the call itself, and rounded by all that come after it; in native kernels by what
-comes after a run of some hundred tokens of a prompt, and a single token sees itself rounded.
+comes after a run of some hundred tokens of a prompt, and few tokens behind others see themselves rounded.
 
 Reading order: states to integers and back -> one layer, that grows or slides -> the cache.
 

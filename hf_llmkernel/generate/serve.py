@@ -62,13 +62,15 @@ def serve(
     adapters = named_adapters(adapter or [], served)
     with _listen(host, port) as listening:  # before a model is loaded for nothing
         engine = Engine([*served, *adapters], dtype, batch, budget)
-        if len(served) == 1:
-            engine.release(engine.use(served[0].name).result())
-        address = f"http://{host}:{listening.getsockname()[1]}/v1"
-        print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
-        app = build_app(engine, max_tokens, batch + queue)
-        _run(app, listening, drain)
-    engine.stop()
+        try:
+            if len(served) == 1:
+                engine.release(engine.use(served[0].name).result())
+            address = f"http://{host}:{listening.getsockname()[1]}/v1"
+            print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
+            app = build_app(engine, max_tokens, batch + queue)
+            _run(app, listening, drain)
+        finally:  # a thread that runs on would end the interpreter badly
+            engine.stop()
     return {"address": address, "models": list(engine.served), "requests": app.state.gate.answered}
 
 

@@ -173,7 +173,7 @@ def _step(
     if not plan.embeds:
         structure, tokens, table = _looked_up(structure, model, tokens)
     logits = torch.empty(batch, min(kept or new, new), plan.vocabulary, dtype=plan.dtype)
-    _call(structure, tokens, positions, places, mask, logits)
+    _call(structure, tokens, positions, places, mask, logits, first=not seen)
     for index in plan.attending:
         layer = past_key_values.layers[index]
         layer.cumulative_length.add_(new) if type(layer) is StaticLayer else layer.extend(new)
@@ -283,7 +283,9 @@ def _looked_up(structure: Model, model: Any, tokens: torch.Tensor) -> tuple[Mode
     return structure, torch.arange(tokens.numel()).view(tokens.shape), table
 
 
-def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: Any, logits: torch.Tensor) -> None:
+def _call(
+    structure: Model, tokens: Any, positions: Any, places: array, mask: Any, logits: torch.Tensor, first: bool
+) -> None:
     assert NATIVE is not None
     batch, new = tokens.shape
     rounds_inputs = library.rounds_inputs()
@@ -293,7 +295,7 @@ def _call(structure: Model, tokens: Any, positions: Any, places: array, mask: An
     rows = (ctypes.byref(structure), tokens.data_ptr(), positions.data_ptr(), batch)
     seen = (places.buffer_info()[0], None if mask is None else mask.data_ptr(), 0 if mask is None else mask.shape[1])
     result = (logits.data_ptr(), TYPES[logits.dtype], library.threads())
-    if new == 1 and batch <= MOST_SEQUENCES and rounds_inputs:
+    if new == 1 and batch <= MOST_SEQUENCES and rounds_inputs and not first:
         check(NATIVE.llmk_decode(*rows, *seen, *result))
     else:
         check(NATIVE.llmk_read(*rows, new, *seen, logits.shape[1], *result))

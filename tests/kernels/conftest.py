@@ -29,5 +29,5 @@ def level(request):
 def native_calls(monkeypatch):
     """A list that grows with every native step."""
     calls, call = [], step._call
-    monkeypatch.setattr(step, "_call", lambda *arguments: (calls.append(1), call(*arguments)))
+    monkeypatch.setattr(step, "_call", lambda *arguments, **named: (calls.append(1), call(*arguments, **named)))
     return calls

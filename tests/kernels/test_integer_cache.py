@@ -89,6 +89,16 @@ def test_padded_prompts_windows_and_layers_of_their_own(level, bits, native_call
     assert [layer.key_room.length for layer in layers] == [5, 5] and layers[1].get_seq_length() == 14
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("length", [1, 2, 8, 9])
+def test_the_first_tokens_are_exact_however_few(level, length, bits, native_calls):
+    model, ids = random_model(head_dim=16), prompt(1, length)
+    found = model(ids, past_key_values=IntegerCache(model.config, bits), use_cache=True).logits
+    expected = model(ids, past_key_values=DynamicCache(config=model.config), use_cache=True).logits
+    assert native_calls == [1, 1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_several_new_tokens_are_as_one_by_one(level, native_calls):
     """To the bit, which drafted tokens rely on."""
     model, ids = random_model(head_dim=16), prompt(1, 12)

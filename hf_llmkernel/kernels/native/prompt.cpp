@@ -353,6 +353,13 @@ void begin_row(const Run& run, int64_t row) {
 
 constexpr int64_t kLayerPhases = 19;  // attention 11 and feed-forward 8, where all linears are of low rank
 
+// Whether these are the first tokens of a cache of integers: they see themselves as they are, however few they be.
+bool begins_integers(const Call& prompt) {
+    for (int32_t i = 0; i < prompt.model.layers; ++i)
+        if (prompt.model.layer[i].attends && prompt.caches[i].bits != 0 && prompt.caches[i].length == 0) return true;
+    return false;
+}
+
 void read_run(const Call& prompt, int64_t first, int64_t tokens) {
     static thread_local Arena arena, stage_arenas[2];
     const llmk_model& model = prompt.model;
@@ -384,7 +391,7 @@ LLMK_API const char* llmk_read(
     try {
         const Call prompt{*model, tokens, positions, batch, length, caches, mask, mask_stride, kept, logits, logits_type,
                           threads < 1 ? 1 : threads};
-        if (batch * length <= kFewRows && model->rounds_inputs != 0) {
+        if (batch * length <= kFewRows && model->rounds_inputs != 0 && !begins_integers(prompt)) {
             decode(prompt);
             return nullptr;
         }
