@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, then fuzzed shapes.
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, then fuzzed shapes. Before that
+# their threads under ThreadSanitizer.
 #
 #   bash scripts/runs/sanitize.sh [SECONDS]
 #
@@ -13,6 +14,9 @@ cp -r "$ROOT"/{hf_llmkernel,tests,scripts,pyproject.toml} "$copy"
 rm -f "$copy/hf_llmkernel/kernels/libllmkernel.so"
 cd "$copy"
 export PYTHONPATH="$copy"
+g++ -std=c++17 -O1 -g -fsanitize=thread -I hf_llmkernel/kernels/native scripts/runs/pool_stress.cpp \
+    hf_llmkernel/kernels/native/pool.cpp -pthread -o pool_stress
+./pool_stress
 # Vectors are loaded from wherever they are, which the check of alignment takes for a fault.
 CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
     "$PYTHON" -m hf_llmkernel.kernels.build

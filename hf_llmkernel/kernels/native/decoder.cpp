@@ -74,7 +74,7 @@ void first_factors(Team& team, const Step& step, const Stage& stage, Source&& so
         inputs.fill(source(), columns, 0, step.m);
     };
     const int64_t size = ceil_div(total, wanted_chunks(step));
-    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+    team.run(ceil_div(total, size), {}, prepare, [&](int64_t chunk) {
         int64_t begin = chunk * size, end = smaller(begin + size, total);
         for (int i = 0; i < stage.count && begin < end; ++i) {
             if (stage.middle[i] == nullptr) continue;
@@ -122,13 +122,14 @@ class LastInputs {
     Inputs inputs_[3];
 };
 
-// The beginning of the blocks that this thread will probably multiply, on its way while the inputs are made.
-void fetch_blocks(const Stage& stage, int64_t block) {
+// What a thread reads of the last matrices of a stage that begins with this block of all.
+Ahead ahead_of(const Stage& stage, int64_t block) {
     for (int i = 0; i < stage.count; ++i) {
         const llmk_matrix& w = last_matrix(*stage.linear[i]);
-        if (block < blocks(w)) return fetch_start(w, block);
+        if (block < blocks(w)) return {block_begin(w, block), block_begin(w, blocks(w)) - block_begin(w, block)};
         block -= blocks(w);
     }
+    return {};
 }
 
 // Rows of a product, handed to `done(linear, first row, rows, sums [M, rows of stride], stride)` where they are computed.
@@ -146,8 +147,7 @@ void products(Team& team, const Step& step, const Stage& stage, Source&& source,
         sums = arena.take<float>(step.m * stride);
         inputs.prepare(step, stage, arena, source);
     };
-    fetch_blocks(stage, team.probable_chunk() * size);
-    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+    team.run(ceil_div(total, size), ahead_of(stage, team.first_chunk() * size), prepare, [&](int64_t chunk) {
         int64_t begin = chunk * size, end = smaller(begin + size, total);
         for (int i = 0; i < stage.count && begin < end; ++i) {
             const llmk_matrix& w = last_matrix(*stage.linear[i]);
@@ -177,8 +177,7 @@ void paired_products(Team& team, const Step& step, const Stage& stage, Source&& 
         sums = arena.take<float>(2 * step.m * stride);
         inputs.prepare(step, stage, arena, source);
     };
-    fetch_start(last_matrix(*stage.linear[0]), team.probable_chunk() * size);
-    team.run(ceil_div(total, size), prepare, [&](int64_t chunk) {
+    team.run(ceil_div(total, size), ahead_of(stage, team.first_chunk() * size), prepare, [&](int64_t chunk) {
         const int64_t begin = chunk * size, end = smaller(begin + size, total);
         float* second = sums + step.m * stride;
         kernels().multiply(last_matrix(*stage.linear[0]), inputs.of(0), begin, end, sums, stride);
@@ -348,10 +347,10 @@ void attention(Team& team, const Step& step, const llmk_layer& layer, const llmk
         }
     });
     if (step.call.length > 1)  // all keys before the queries that see them
-        team.run(step.m * layer.key_value_heads, [] {}, [&](int64_t chunk) {
+        team.run(step.m * layer.key_value_heads, [&](int64_t chunk) {
             heads.store_new(chunk / layer.key_value_heads, chunk % layer.key_value_heads);
         });
-    team.run(heads.chunks(), [] {}, [&](int64_t chunk) { heads.run(chunk); });
+    team.run(heads.chunks(), [&](int64_t chunk) { heads.run(chunk); });
     add_to_residual(team, step, stages[1], [&] { return heads.combined(); });
 }
 
@@ -427,8 +426,6 @@ void make_room(Step& step, Arena& arena) {
     }
 }
 
-constexpr int64_t kLayerPhases = 10;
-
 }  // namespace
 
 void decode(const Call& call) {
@@ -455,7 +452,7 @@ void decode(const Call& call) {
     Step kept = step;
     kept.m = call.batch * call.kept;
     stages.back().add(model.head, arena, kept.m);
-    run_team(step.threads, kLayerPhases * model.layers + 2, [&](Team& team) {
+    run_team(step.threads, [&](Team& team) {
         for (int32_t i = 0; i < model.layers; ++i) {
             if (model.layer[i].attends) attention(team, step, model.layer[i], call.caches[i], &stages[4 * i]);
             if (model.layer[i].feeds) feed_forward(team, step, model.layer[i], &stages[4 * i + 2]);

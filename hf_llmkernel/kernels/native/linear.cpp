@@ -29,7 +29,7 @@ int64_t out_features(const Call& call) {
 
 void fill_all(Team& team, InputSet& inputs, const float* x, int64_t columns, int64_t m) {
     const int64_t rows = larger(1, ceil_div(m, team.threads() * 4));
-    team.run(ceil_div(m, rows), [] {}, [&](int64_t chunk) {
+    team.run(ceil_div(m, rows), [&](int64_t chunk) {
         inputs.fill(x, columns, chunk * rows, smaller((chunk + 1) * rows, m));
     });
 }
@@ -42,7 +42,7 @@ int64_t chunk_blocks(const llmk_matrix& w, int64_t m, int threads) {
 // y [M, rows] in floats.
 void multiply_all(Team& team, const llmk_matrix& w, const Inputs& x, float* y) {
     const int64_t step = chunk_blocks(w, x.rows, team.threads());
-    team.run(ceil_div(blocks(w), step), [] {}, [&](int64_t chunk) {
+    team.run(ceil_div(blocks(w), step), [&](int64_t chunk) {
         const int64_t first = chunk * step;
         kernels().multiply(w, x, first, smaller(first + step, blocks(w)), y + first * kBlock, w.rows);
     });
@@ -67,14 +67,14 @@ void apply_rows(const Call& call, const void* x, int32_t x_type, int threads) {
     InputSet outer(m, first.columns), inner(m, first.rows);
     outer.add(arena, first);
     if (low_rank) inner.add(arena, second);
-    run_team(threads, 5, [&](Team& team) {
+    run_team(threads, [&](Team& team) {
         fill_all(team, outer, floats, first.columns, m);
         multiply_all(team, first, outer.of(first), low_rank ? middle : y);
         if (low_rank) {
             fill_all(team, inner, middle, first.rows, m);
             multiply_all(team, second, inner.of(second), y);
         }
-        team.run(m, [] {}, [&](int64_t row) { finish_row(call, y, row); });
+        team.run(m, [&](int64_t row) { finish_row(call, y, row); });
     });
 }
 
@@ -102,7 +102,7 @@ void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
     outer.add(arena, first);
     if (low_rank) inner.add(arena, second);
     float* middle = low_rank ? arena.take<float>(call.m * first.rows) : nullptr;
-    run_team(threads, 4, [&](Team& team) {
+    run_team(threads, [&](Team& team) {
         run_rows(team, call.m, [&](int64_t row) {
             static thread_local Arena converted;
             converted.clear();

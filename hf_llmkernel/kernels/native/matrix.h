@@ -66,6 +66,12 @@ inline const uint8_t* record(const llmk_matrix& w, int64_t block) {
     return w.data + block * record_bytes(w);
 }
 
+// Where a block of any kind begins; after the last one, the end of all.
+inline const uint8_t* block_begin(const llmk_matrix& w, int64_t block) {
+    if (!is_row_major(w.kind)) return record(w, block);
+    return w.data + smaller(block * kBlock, w.rows) * w.columns * (w.kind == LLMK_F32 ? 4 : 2);
+}
+
 // Packed weights are asked for so many bytes before they are needed: the memory's latency at 40 GB/s and more. Nothing else
 // fetches them ahead, least of all where a run of blocks begins.
 constexpr int64_t kAhead = 8192;

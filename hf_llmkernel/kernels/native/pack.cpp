@@ -210,9 +210,9 @@ void write_record(const llmk_stored& s, const llmk_matrix& w, BlockRows<Value>& 
 template <class Value>
 void write_records(const llmk_stored& s, const llmk_matrix& w, const std::vector<int64_t>& starts, int threads) {
     const RowReader reader(s, w, starts);
-    run_team(threads, 1, [&](Team& team) {
+    run_team(threads, [&](Team& team) {
         BlockRows<Value> rows(w);
-        team.run(blocks(w), [] {}, [&](int64_t block) {
+        team.run(blocks(w), [&](int64_t block) {
             write_record(s, w, rows, reader, block, const_cast<uint8_t*>(record(w, block)));
         });
     });

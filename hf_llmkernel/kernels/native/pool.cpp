@@ -10,7 +10,6 @@
 #include <memory>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 namespace llmk {
 namespace {
@@ -49,20 +48,13 @@ bool spin(std::chrono::microseconds time, Ready&& ready) {
 // waits for those that have joined. Generation, openness and the number inside are one word, so that joining is atomic.
 class Pool {
   public:
-    void run(int threads, int64_t phases, const std::function<void(Team&)>& body) {
-        if (phases > capacity_) {
-            capacity_ = phases;
-            phases_.reset(new Phase[phases]);
-        }
-        for (int64_t i = 0; i < phases; ++i) {
-            phases_[i].claimed.store(0, std::memory_order_relaxed);
-            phases_[i].done.store(0, std::memory_order_relaxed);
-        }
+    void run(int threads, const std::function<void(Team&)>& body) {
+        meeting_.reset(threads);
         while (workers_ < threads - 1) start_worker();
         body_ = &body;
         threads_.store(threads, std::memory_order_relaxed);
         open();
-        Team team(threads, phases_.get());
+        Team team(0, threads, meeting_);
         body(team);
         close();
     }
@@ -109,7 +101,7 @@ class Pool {
                 last = 0;
                 continue;
             }
-            Team team(threads_.load(std::memory_order_relaxed), phases_.get());
+            Team team(index, threads_.load(std::memory_order_relaxed), meeting_);
             (*body_)(team);
             state_.fetch_sub(1, std::memory_order_release);
             if (caller_asleep_.load()) wake_all(state_);
@@ -127,8 +119,7 @@ class Pool {
         asleep_.fetch_sub(1);
     }
 
-    std::unique_ptr<Phase[]> phases_;
-    int64_t capacity_ = 0;
+    Meeting meeting_;
     int workers_ = 0;
     std::atomic<uint32_t> state_{0};
     std::atomic<uint32_t> asleep_{0};
@@ -151,35 +142,70 @@ Pool& the_pool() {
     return *pool;
 }
 
-void run_alone(int64_t phases, const std::function<void(Team&)>& body) {
-    std::vector<Phase> own(static_cast<size_t>(phases));
-    Team team(1, own.data());
+void run_alone(const std::function<void(Team&)>& body) {
+    Meeting own;
+    Team team(0, 1, own);
     body(team);
+}
+
+constexpr int kCountBits = 20;  // of the chunks that a share can have
+constexpr uint64_t kCountMask = (uint64_t{1} << kCountBits) - 1;
+
+// Takes one of the `count` chunks of a share in a phase: how many lie before it from that end, or -1 where none is left. A
+// share of a later phase means that this thread is late, and this phase done.
+int64_t take_of(Share& share, uint64_t phase, int64_t count, bool from_front) {
+    uint64_t taken = share.taken.load(std::memory_order_relaxed);
+    for (;;) {
+        const uint64_t of = taken >> (2 * kCountBits);
+        if (of > phase) return -1;
+        uint64_t front = of == phase ? (taken >> kCountBits) & kCountMask : 0;
+        uint64_t back = of == phase ? taken & kCountMask : 0;
+        if (static_cast<int64_t>(front + back) >= count) return -1;
+        const auto at = static_cast<int64_t>(from_front ? front++ : back++);
+        if (share.taken.compare_exchange_weak(taken, (((phase << kCountBits) | front) << kCountBits) | back,
+                                              std::memory_order_relaxed))
+            return at;
+    }
 }
 
 }  // namespace
 
-void Team::finish(Phase& phase, uint32_t total) {
-    if (phase.done.fetch_add(1) + 1 == total && phase.sleepers.load() > 0) wake_all(phase.done);
-}
-
-void Team::wait(Phase& phase, uint32_t total) {
-    const auto complete = [&] { return phase.done.load(std::memory_order_acquire) >= total; };
-    if (complete() || spin(kPhaseSpin, complete)) return;
-    phase.sleepers.fetch_add(1);
-    while (!complete()) {
-        const uint32_t done = phase.done.load();
-        if (done < total) sleep_while(phase.done, done);
+int64_t Team::take(int64_t chunks) {
+    for (int i = 0; i < threads_; ++i) {
+        const int of = (index_ + i) % threads_;
+        const int64_t count = (chunks - of + threads_ - 1) / threads_;
+        const int64_t at = take_of(meeting_.shares[of], phase_, count, i == 0);
+        if (at >= 0) return of + threads_ * (i == 0 ? at : count - 1 - at);
     }
-    phase.sleepers.fetch_sub(1);
+    return -1;
 }
 
-void run_team(int threads, int64_t phases, const std::function<void(Team&)>& body) {
-    if (threads <= 1) return run_alone(phases, body);
+void Team::finish(uint32_t chunks) {
+    if (meeting_.done.fetch_add(chunks) + chunks == total_ && meeting_.sleepers.load() > 0) wake_all(meeting_.done);
+}
+
+// For all chunks of the phases so far.
+void Team::wait(Ahead& ahead) {
+    const auto complete = [&] { return meeting_.done.load(std::memory_order_acquire) >= total_; };
+    const auto ready = [&] {
+        ahead.fetch(4);
+        return complete();
+    };
+    if (spin(kPhaseSpin, ready)) return;
+    meeting_.sleepers.fetch_add(1);
+    while (!complete()) {
+        const uint32_t done = meeting_.done.load();
+        if (done < total_) sleep_while(meeting_.done, done);
+    }
+    meeting_.sleepers.fetch_sub(1);
+}
+
+void run_team(int threads, const std::function<void(Team&)>& body) {
+    if (threads <= 1) return run_alone(body);
     Pool& shared = the_pool();
     std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
-    if (!lock.owns_lock()) return run_alone(phases, body);
-    shared.run(threads > 64 ? 64 : threads, phases, body);
+    if (!lock.owns_lock()) return run_alone(body);
+    shared.run(threads > kMostThreads ? kMostThreads : threads, body);
 }
 
 }  // namespace llmk

@@ -229,9 +229,9 @@ void attention(Team& team, const Run& run, const llmk_layer& layer, const llmk_c
         copy_part(part, run.heads + begin[i], heads.queries + 2 * heads.keys);
     });
     if (cache.bits != 0 && heads.past() > 0)
-        team.run(run.prompt.batch * layer.key_value_heads, [] {}, [&](int64_t lane) { heads.restore(lane); });
+        team.run(run.prompt.batch * layer.key_value_heads, [&](int64_t lane) { heads.restore(lane); });
     run_rows(team, run.rows, [&](int64_t row) { heads.place(row); });
-    team.run(heads.chunks(), [] {}, [&](int64_t chunk) { heads.attend(chunk); });
+    team.run(heads.chunks(), [&](int64_t chunk) { heads.attend(chunk); });
     fill_stage(team, stages.output, run.rows, [&](int64_t row) { return run.attended + row * heads.queries; });
     add_to_residual(team, run, stages.output);
 }
@@ -351,8 +351,6 @@ void begin_row(const Run& run, int64_t row) {
     rotation(model, run.prompt.positions[at], run.sines + row * half, run.cosines + row * half);
 }
 
-constexpr int64_t kLayerPhases = 19;  // attention 11 and feed-forward 8, where all linears are of low rank
-
 // Whether these are the first tokens of a cache of integers: they see themselves as they are, however few they be.
 bool begins_integers(const Call& prompt) {
     for (int32_t i = 0; i < prompt.model.layers; ++i)
@@ -368,7 +366,7 @@ void read_run(const Call& prompt, int64_t first, int64_t tokens) {
     make_room(run, arena);
     make_stages(run, stage_arenas);
     make_stages(run, stage_arenas);  // again, where the memory has grown to what all need
-    run_team(prompt.threads, kLayerPhases * model.layers + 5, [&](Team& team) {
+    run_team(prompt.threads, [&](Team& team) {
         run_rows(team, run.rows, [&](int64_t row) { begin_row(run, row); });
         for (int32_t i = 0; i < model.layers; ++i) {
             if (model.layer[i].attends) attention(team, run, model.layer[i], prompt.caches[i], run.layers[i]);

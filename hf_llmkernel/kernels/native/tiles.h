@@ -117,7 +117,7 @@ class TileSet {
 template <class Row>
 void run_rows(Team& team, int64_t rows, Row&& row) {
     const int64_t some = larger(1, smaller(16, ceil_div(rows, team.threads() * 4)));
-    team.run(ceil_div(rows, some), [] {}, [&](int64_t chunk) {
+    team.run(ceil_div(rows, some), [&](int64_t chunk) {
         for (int64_t i = chunk * some; i < smaller((chunk + 1) * some, rows); ++i) row(i);
     });
 }
@@ -175,7 +175,7 @@ void multiply_tiles(Team& team, const Factor* factors, int count, Done&& done) {
         arena.clear();
         sums = arena.take<float>(kMostSums);
     };
-    team.run(total, prepare, [&](int64_t index) {
+    team.run(total, {}, prepare, [&](int64_t index) {
         for (int i = 0; i < count; ++i) {
             const PartsOf parts(factors[i], team.threads());
             if (index < parts.count()) return done(i, parts.multiply(index, sums));
@@ -194,7 +194,7 @@ void multiply_paired_tiles(Team& team, const Factor* factors, Done&& done) {
         arena.clear();
         sums = arena.take<float>(2 * kMostSums);
     };
-    team.run(parts.count(), prepare, [&](int64_t index) {
+    team.run(parts.count(), {}, prepare, [&](int64_t index) {
         const Part first = parts.multiply(index, sums);
         done(first, others.multiply(index, sums + kMostSums));
     });
