@@ -18,10 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..evaluate import inspect
-from ..evaluate.clean_process import resident_bytes
 from ..evaluate.source import model_folder
 from ..evaluate.table import size
 from ..kernels import library
+from ..model.linear_llm_kernel import PackedWeight
 from .batch import Batch, Request
 from .command import check_weights, load
 
@@ -58,8 +58,7 @@ class Served:
         return [self] if self.base is None else [self.base, self]
 
     def load(self, dtype: str, most: int) -> None:
-        """Loads the model, has it make two tokens, so that all is laid out, and notes the memory that this took."""
-        before = resident_bytes()
+        """Loads the model, has it make two tokens, so that all is laid out, and notes the memory that this takes."""
         self.network, self.tokenizer = self._read(dtype)
         if not hasattr(self.tokenizer, "_tokenizer"):
             raise ValueError(f"{self.name}: its tokenizer is no fast one; save it as tokenizer.json.")
@@ -69,10 +68,8 @@ class Served:
         self.batch.waiting.append(Request(self.network, [0], config, Nowhere()))
         while self.batch.is_busy():
             self.batch.step()
-        tensors = stored_tensors(self.network)
-        if self.base is not None:
-            tensors = {place: size for place, size in tensors.items() if place not in stored_tensors(self.base.network)}
-        self.bytes = max(resident_bytes() - before, sum(tensors.values()))
+        shared = {} if self.base is None else tensor_bytes(self.base.network)
+        self.bytes = sum(taken for place, taken in tensor_bytes(self.network).items() if place not in shared)
 
     def _read(self, dtype: str) -> tuple[Any, Any]:
         """Network and tokenizer."""
@@ -87,9 +84,14 @@ class Served:
         gc.collect()
 
 
-def stored_tensors(network: Any) -> dict[int, int]:
-    """Bytes of a model's tensors, by where they are."""
-    return {tensor.data_ptr(): tensor.nbytes for tensor in network.state_dict().values()}
+def tensor_bytes(network: Any) -> dict[int, int]:
+    """Bytes of a model's tensors by where they are: those that it stores, and what packed weights keep beside them.
+
+    How the process grew would say something else every time: files are mapped, and what others have freed is taken.
+    """
+    kept = (module.kept_tensor() for module in network.modules() if isinstance(module, PackedWeight))
+    tensors = [*network.state_dict().values(), *(tensor for tensor in kept if tensor is not None)]
+    return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 
 def import_classes(folder: Path) -> None:
@@ -251,7 +253,10 @@ class Engine:
                 break
         if self.budget is not None and (alone := _bytes(needed)) > self.budget:
             served.unload()
-            raise MemoryError(f"{served.name} takes {size(alone)}, the budget is {size(self.budget)}")
+            raise ValueError(
+                f"memory={size(self.budget)}: {served.name} takes {size(alone)} once it is laid out; raise it, or "
+                "compress it."
+            )
 
     def _loaded(self) -> list[Served]:
         return [model for model in self.served.values() if model.network is not None]

@@ -37,7 +37,7 @@ def serve(
     several requests at a time: they join and leave between two tokens. Layers that forget tokens (sliding windows) run
     one request at a time. An adapter shares the weights of the model that it names as its base, or of MODEL, and runs
     its requests apart from the base's. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0.
-    Keys and values of running requests come on top of --memory.
+    --memory counts weights, as stored and as laid out for the kernels; keys and values of running requests come on top.
 
     Raises:
         ValueError: no such checkpoint or adapter, two of the same name, an adapter of another model, a model above the

@@ -404,6 +404,10 @@ class PackedWeight(nn.Module):
         shape = (self.out_features, self.in_features)
         return self._derive("kernels", lambda: kernels.layout(self.stored(), self.form, *shape))
 
+    def kept_tensor(self) -> torch.Tensor | None:
+        """What a CPU keeps between calls beside the stored tensors: the dense weight, or the bytes of a layout."""
+        return None if self._derived is None else getattr(self._derived[2], "data", None)
+
     @property
     def weight(self) -> DerivedWeight:
         """The dense weight `[O, I]`, read-only."""

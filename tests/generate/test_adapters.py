@@ -15,7 +15,6 @@ from hf_llmkernel.generate.engine import Engine, Served
 from hf_llmkernel.kernels import library
 
 from .test_serve import MODEL, Running, until
-from .test_serve import tensors_alone as tensors_alone
 
 peft = pytest.importorskip("peft")
 PROMPT = [4, 5, 6]
@@ -156,7 +155,7 @@ def test_every_name_gets_its_own_tokens_at_the_same_time(folders):
         running.stop()
 
 
-def test_an_adapter_keeps_its_base_and_goes_first(folders, tensors_alone):
+def test_an_adapter_keeps_its_base_and_goes_first(folders):
     twin = Served("twin", str(folders / MODEL))
     models = [*served(folders, "red", "blue"), twin]
     model, red, blue, _ = models

@@ -1,5 +1,6 @@
 """A server on a loopback port: the tokens of `generate`, limits, and what becomes of clients that leave."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,13 +14,15 @@ from http.client import HTTPConnection
 import pytest
 import requests
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_llmkernel import cli
 from hf_llmkernel.generate import engine as engine_module
 from hf_llmkernel.generate.batch import Batch, Request
 from hf_llmkernel.generate.command import generate
 from hf_llmkernel.generate.engine import Engine, Served
+from hf_llmkernel.kernels import library
 
 uvicorn = pytest.importorskip("uvicorn")
 MODEL = "tiny"
@@ -361,13 +364,32 @@ def test_a_model_that_fails_is_500_and_the_next_request_is_served(server, monkey
     assert server.post("completions", prompt="w1", max_tokens=4).status_code == 200
 
 
-@pytest.fixture
-def tensors_alone(monkeypatch):
-    """What a model takes is its tensors, whatever else happens in this process."""
-    monkeypatch.setattr(engine_module, "resident_bytes", lambda: 0)
+@pytest.mark.parametrize("kernels", ["off", "on"])
+def test_a_model_takes_its_tensors_and_what_is_laid_out_of_them(tiny_checkpoint, tmp_path, kernels, monkeypatch):
+    """The same whatever else the process takes or gives back meanwhile; beyond the budget it is refused."""
+    if kernels == "on" and library.NATIVE is None:
+        pytest.skip("the native library is not built: there is no compiler")
+    monkeypatch.setenv("LLMKERNEL_KERNELS", kernels)
+    forms = {"q_proj": {"bits": 8, "group_size": 32}, "up_proj": {"rank": 8, "b": {"bits": 4}}}
+    config = AutoConfig.from_pretrained(tiny_checkpoint, linear_forms=forms)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_checkpoint).save_pretrained(tmp_path)
+    served = Served(MODEL, str(tmp_path))
+    served.load("auto", 1)
+    packed = [module for module in served.network.modules() if hasattr(module, "kept_tensor")]
+    laid_out = [module.kept_tensor().nbytes for module in packed]
+    stored = [tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values()]
+    assert len(laid_out) == 4 and served.bytes == sum(stored) + sum(laid_out)
+    taken, others = served.bytes, [torch.ones(2**20)]
+    for budget, error in ((taken, None), (taken - 1, "memory=.* kB: tiny takes .* once it is laid out; raise it, or")):
+        engine = Engine([Served(MODEL, str(tmp_path))], budget=budget)
+        del others[:]  # what is given back is not taken off
+        with pytest.raises(ValueError, match=error) if error else contextlib.nullcontext():
+            assert engine.use(MODEL).result(30).bytes == taken
+        engine.stop()
 
 
-def test_models_share_a_budget_and_the_one_unused_for_longest_goes(endless, tensors_alone, capsys):
+def test_models_share_a_budget_and_the_one_unused_for_longest_goes(endless, capsys):
     served = [Served(name, folder) for name, folder in zip((MODEL, "twin", "third"), endless, strict=True)]
     running = Running(Engine(served, budget=2 * served[0].bytes + 100))
     try:
@@ -387,7 +409,7 @@ def test_models_share_a_budget_and_the_one_unused_for_longest_goes(endless, tens
         running.stop()
 
 
-def test_a_model_in_use_stays_and_others_wait_for_their_turn(endless, tensors_alone):
+def test_a_model_in_use_stays_and_others_wait_for_their_turn(endless):
     served = [Served(name, folder) for name, folder in zip((MODEL, "twin"), endless, strict=False)]
     engine = Engine(served, budget=served[0].bytes + 100)
     first = engine.use(MODEL).result(30)
