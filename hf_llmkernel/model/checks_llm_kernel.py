@@ -428,3 +428,26 @@ def packed_names(config: LLMKernelConfig) -> list[str]:
     for index, layer in enumerate(config.per_layer_config):
         names += [f"layers.{index}.{name}" for name in layer.linear_shapes() if is_packed(layer.linear_form(name))]
     return names
+
+
+def refuse_uneven_heads(config: LLMKernelConfig, processes: int, plan: str | dict | None) -> None:
+    """Raises `ValueError` where tensor parallelism would split a head between two processes.
+
+    Args:
+        processes: that share each layer.
+        plan: what was asked for; one that says how attention is split is its author's.
+    """
+    if isinstance(plan, dict) and any("self_attn" in name for name in plan):
+        return
+    every = enumerate(config.per_layer_config)
+    layers = {index: layer for index, layer in every if "attention" not in (layer.skip or [])}
+    shared = math.gcd(*(layer.num_key_value_heads for layer in layers.values()))
+    for index, layer in layers.items():
+        if layer.num_key_value_heads % processes:
+            counts = [str(count) for count in range(2, shared + 1) if shared % count == 0]
+            start = f"start {' or '.join(counts)} processes, or use" if counts else "no number of them does; use"
+            raise ValueError(
+                f"tensor parallelism: layer {index} has num_attention_heads={layer.num_attention_heads} and "
+                f"num_key_value_heads={layer.num_key_value_heads}, which {processes} processes cannot share evenly; "
+                f"{start} device_map or data parallelism."
+            )

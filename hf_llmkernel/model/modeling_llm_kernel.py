@@ -64,6 +64,7 @@ from .checks_llm_kernel import (
     refuse_keys,
     refuse_other_quantization,
     refuse_quantization_config,
+    refuse_uneven_heads,
 )
 from .configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LinearForm, LLMKernelConfig
 from .linear_llm_kernel import (
@@ -531,6 +532,8 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
                 f"tensor parallelism: {packed[0]} is stored sparse or integer, a form without a plan; use "
                 "device_map or data parallelism, or a dense or low-rank checkpoint."
             )
+        if splits:
+            refuse_uneven_heads(model.config, distributed_config.tp_size, distributed_config.tp_plan)
         model = super().maybe_distribute_model(model, distributed_config, mesh_manager)
         if (stage := getattr(model, "_pp_stage", None)) is not None:
             for name in ("communicate", "broadcast_from_last"):

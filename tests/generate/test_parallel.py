@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM
 
+from hf_llmkernel.model.checks_llm_kernel import refuse_uneven_heads
 from hf_llmkernel.model.configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LLMKernelConfig
 from hf_llmkernel.model.modeling_llm_kernel import LLMKernelForCausalLM
 
@@ -19,9 +20,27 @@ FORMS = {
     "biased": {"attention_bias": True, "mlp_bias": True},
     "low rank": {"linear_forms": {name: {"rank": 16} for name in ATTENTION_LINEARS + MLP_LINEARS}},
     "uneven": {"per_layer_config": {0: {"intermediate_size": 96, "linear_forms": {"up_proj": {"rank": 24}}}}},
+    "odd widths": {"intermediate_size": 97, "vocab_size": 95, "linear_forms": {"down_proj": {"rank": 15}}},
     "skipped": {"per_layer_config": {0: {"skip": ["attention"]}}, "num_hidden_layers": 3},
 }
 PACKED = {"int8": {"bits": 8, "group_size": 16}, "2:4": {"sparsity": "2:4"}, "factor": {"rank": 16, "a": {"bits": 8}}}
+UNEVEN = {
+    "nine heads": (
+        {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 16},
+        ("layer 0 has num_attention_heads=9 and num_key_value_heads=3", "start 3 processes, or use"),
+    ),
+    "twelve heads and a layer of nine": (
+        {
+            "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 16,
+            "per_layer_config": {1: {"num_attention_heads": 9, "num_key_value_heads": 9}},
+        },
+        ("layer 1 has num_attention_heads=9 and num_key_value_heads=9", "start 3 processes, or use"),
+    ),
+    "a layer of one": (
+        {"per_layer_config": {0: {"num_attention_heads": 3, "num_key_value_heads": 1}}},
+        ("layer 0 has num_attention_heads=3 and num_key_value_heads=1", "no number of them does; use"),
+    ),
+}  # fmt: skip
 IDS = torch.arange(5, 25).view(2, 10)
 
 
@@ -30,7 +49,8 @@ def folders(tmp_path_factory):
     """A checkpoint of each of the forms, and of each of the packed ones."""
     folder = tmp_path_factory.mktemp("models")
     packed = {name: {"linear_forms": {"up_proj": form}} for name, form in PACKED.items()}
-    for name, fields in {**FORMS, **packed}.items():
+    uneven = {name: fields for name, (fields, _) in UNEVEN.items()}
+    for name, fields in {**FORMS, **packed, **uneven}.items():
         torch.manual_seed(0)
         shape = {
             "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
@@ -51,7 +71,7 @@ def _serve(rank: int, port: int, folders) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     os.environ["MASTER_PORT"] = str(port)
     found = {}
-    for name in (*FORMS, *PACKED):
+    for name in (*FORMS, *PACKED, *UNEVEN):
         try:
             model = AutoModelForCausalLM.from_pretrained(folders / name, tp_plan="auto")
         except ValueError as error:
@@ -78,10 +98,25 @@ def test_two_processes_generate_the_tokens_of_one(folders, found, name):
     expected = tokens(AutoModelForCausalLM.from_pretrained(folders / name))
     assert len({token for row in expected for token in row}) > 4
     assert [rank[name]["tokens"] for rank in found] == [expected, expected]
-    assert [rank[name]["shape"] for rank in found] == [[16, 64] if name == "low rank" else [64, 64]] * 2
+    shapes = {"low rank": [[16, 64]] * 2, "odd widths": [[49, 64], [48, 64]]}.get(name, [[64, 64]] * 2)
+    assert [rank[name]["shape"] for rank in found] == shapes
 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_a_packed_form_is_refused_by_name(found, name):
     for rank in found:
         assert rank[name].startswith("tensor parallelism: layers.0.up_proj is stored sparse or integer, a form without")
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_heads_that_the_processes_cannot_share_are_refused(found, name):
+    for rank in found:
+        layer, remedy = UNEVEN[name][1]
+        assert rank[name].startswith(f"tensor parallelism: {layer}, which 2 processes cannot share evenly; {remedy}")
+
+
+def test_a_plan_of_ones_own_for_attention_is_its_authors():
+    config = LLMKernelConfig(**UNEVEN["nine heads"][0])
+    refuse_uneven_heads(config, 2, {"layers.*.self_attn.q_proj": "replicated"})
+    with pytest.raises(ValueError, match="layer 0 has num_attention_heads=9"):
+        refuse_uneven_heads(config, 2, {"lm_head": "colwise"})
