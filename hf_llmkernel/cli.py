@@ -40,10 +40,14 @@ PROGRAM = "llmkernel"
 
 
 class Command(NamedTuple):
-    """Where a command's function lives, as `module:function`, and its one line in `llmkernel --help`."""
+    """A command's function, as `module:function`, and its one line in `llmkernel --help`.
+
+    `shared_with` is the option with which processes that `torchrun` starts share the work, `""` where they always do.
+    """
 
     target: str
     summary: str
+    shared_with: str | None = None
 
 
 COMMANDS = {
@@ -66,6 +70,7 @@ COMMANDS = {
     "compress": Command(
         "hf_llmkernel.compress.command:compress",
         "Run a recipe over a checkpoint: prune, factorize, sparsify, quantize, block by block.",
+        shared_with="",
     ),
     "evaluate": Command(
         "hf_llmkernel.evaluate.command:evaluate",
@@ -78,6 +83,7 @@ COMMANDS = {
     "generate": Command(
         "hf_llmkernel.generate.command:generate",
         "Continue a prompt, or answer it, and stream the text.",
+        shared_with="prompts",
     ),
     "chat": Command(
         "hf_llmkernel.generate.chat:chat",
@@ -131,7 +137,7 @@ def build_app(selected: str | None) -> typer.Typer:
     for name, command in COMMANDS.items():
         if name == selected:
             function, render = load(command)
-            app.command(name, help=help_of(function))(with_json_option(function, render))
+            app.command(name, help=help_of(function))(with_json_option(function, render, name))
         else:
             app.command(name, short_help=command.summary)(_not_selected)
     return app
@@ -149,11 +155,14 @@ def help_of(function: Callable) -> str:
     return re.split(r"\n\s*(?:Args|Returns|Raises):\n", inspect.getdoc(function) or "")[0]
 
 
-def with_json_option(function: Callable[..., dict[str, Any]], render: Callable[[dict[str, Any]], str]) -> Callable:
+def with_json_option(
+    function: Callable[..., dict[str, Any]], render: Callable[[dict[str, Any]], str], name: str
+) -> Callable:
     """The function typer calls: the command's parameters and `--json`; prints the result, returns nothing."""
 
     @functools.wraps(function)
     def command(*args: Any, json: bool, **options: Any) -> None:
+        check_processes(name, options)
         # No shell expands the tilde of `--output=~/folder`.
         options = {name: value.expanduser() if isinstance(value, Path) else value for name, value in options.items()}
         if json:
@@ -177,6 +186,18 @@ def with_json_option(function: Callable[..., dict[str, Any]], render: Callable[[
     command.__signature__ = signature.replace(parameters=parameters, return_annotation=None)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
+
+
+def check_processes(name: str, options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` where `torchrun` started several processes, each of which would do the same work."""
+    shared_with = COMMANDS[name].shared_with
+    if os.environ.get("WORLD_SIZE", "1") == "1" or shared_with == "":
+        return
+    if shared_with is None or options[shared_with] is None:
+        from .processes import refuse_several  # brings torch
+
+        given = "" if shared_with is None else f"give --{shared_with}, which they share, or "
+        refuse_several(name, f"{given}start it without torchrun")
 
 
 def as_json(value: Any) -> Any:

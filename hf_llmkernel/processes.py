@@ -21,12 +21,25 @@ LONGEST_WAIT = datetime.timedelta(days=7)  # the others wait while the first one
 
 def join() -> None:
     """Makes the group of the processes that `torchrun` started, unless there is one; gives each its accelerator."""
-    if not all(name in os.environ for name in TORCHRUN_VARIABLES) or os.environ["WORLD_SIZE"] == "1":
+    if not is_launched():
         return
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
     if not dist.is_initialized():
         dist.init_process_group(timeout=LONGEST_WAIT)
+
+
+def is_launched() -> bool:
+    """Whether `torchrun`, or what sets the same variables, started this process and others."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES) and os.environ["WORLD_SIZE"] != "1"
+
+
+def refuse_several(what: str, remedy: str) -> None:
+    """Raises `ValueError` in the first of several processes at what one does; the others end, and leave it the word."""
+    if is_launched():
+        if os.environ["RANK"] != "0":
+            raise SystemExit(0)  # were it an error, torchrun might end the first one before its line
+        raise ValueError(f"{what}: is done by one process, and WORLD_SIZE={os.environ['WORLD_SIZE']}; {remedy}.")
 
 
 def world_size() -> int:

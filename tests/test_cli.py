@@ -98,6 +98,35 @@ def test_of_several_processes_the_first_speaks(capfd, monkeypatch, options):
 
 
 @pytest.mark.parametrize(
+    ("shared_with", "options", "message"),
+    [
+        (None, [], "error: work: is done by one process, and WORLD_SIZE=2; start it without torchrun."),
+        ("fault", [], "error: work: is done by one process, and WORLD_SIZE=2; give --fault, which they share"),
+        ("fault", ["--fault", "value"], "error: ratio=2"),
+        ("", [], None),
+    ],
+)
+def test_several_processes_at_the_work_of_one_are_refused_by_the_first(
+    capfd, monkeypatch, shared_with, options, message
+):
+    monkeypatch.setitem(cli.COMMANDS, "work", cli.COMMANDS["work"]._replace(shared_with=shared_with))
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["work", "3", *options]) == (2 if message else 0)
+    out, err = capfd.readouterr()
+    assert (message or "") in err and ("python prints" in out) == (message is None or "ratio" in message)
+    monkeypatch.setenv("RANK", "1")
+    cli.main(["work", "3", *options])
+    assert "one process" not in capfd.readouterr().err
+
+
+def test_what_processes_share():
+    shared = {name: command.shared_with for name, command in cli.COMMANDS.items() if command.shared_with is not None}
+    assert shared == {"compress": "", "generate": "prompts"}
+
+
+@pytest.mark.parametrize(
     ("fault", "code", "words"),
     [
         ("value", 2, "ratio=2: must be below 1; choose less"),
