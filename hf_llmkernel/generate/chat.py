@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command import check_tokens, load
+from .command import check_tokens, load, room_after
 from .sampling import CacheKind, Drafts, Dtype, Seed, Temperature, TopP, cache_bits, check_draft, sampling_options
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def _answer(conversation: "Conversation", line: str) -> None:
     except ContextEnd as error:
         _say(str(error))
         return
-    stopped = ", stopped" if turn["stopped"] else ""
-    _say(f"({turn['tokens']} tokens, {turn['tokens_per_second']:.1f} a second{stopped})")
+    ending = ", stopped" if turn["stopped"] else ", the model's context is full" if turn["context_full"] else ""
+    _say(f"({turn['tokens']} tokens, {turn['tokens_per_second']:.1f} a second{ending})")
 
 
 def _say(text: str) -> None:
@@ -169,18 +169,16 @@ class Conversation:
 
         Returns:
             `tokens`, `seconds`, `tokens_per_second`, `prompt_tokens`, `computed_tokens` (of the prompt, those that
-            were not in the cache), and whether it was `stopped`.
+            were not in the cache), and whether it was `stopped`, or ended with the context (`context_full`).
 
         Raises:
             ContextEnd: there is no room for an answer; the message is not kept.
         """
         ids = self._encode([*self.messages, {"role": "user", "content": text}])
-        room = _context(self.network) - ids.shape[1]
-        if room < 1:
-            raise ContextEnd(
-                f"the conversation has {ids.shape[1]} tokens, the model's context ends at {_context(self.network)}; "
-                "/reset forgets it"
-            )
+        try:
+            room = room_after(self.network, ids.shape[1], "the conversation", "/reset forgets it")
+        except ValueError as error:
+            raise ContextEnd(error) from None
         cache, known = self._cache_for(ids[0].tolist())
         tokens, seconds, stopped = self._generate(ids, cache, room)
         self._cache, self._cached = (None, []) if stopped else (cache, [*ids[0].tolist(), *tokens][:-1])
@@ -193,6 +191,7 @@ class Conversation:
             "prompt_tokens": ids.shape[1],
             "computed_tokens": ids.shape[1] - known,
             "stopped": stopped,
+            "context_full": len(tokens) == room,
         }
         self.turns.append(turn)
         return turn
@@ -263,7 +262,3 @@ def _common(first: list[int], second: list[int]) -> int:
     """How many tokens both begin with."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((index for index, (left, right) in pairs if left != right), min(len(first), len(second)))
-
-
-def _context(network: Any) -> int:
-    return getattr(network.config, "max_position_embeddings", None) or sys.maxsize

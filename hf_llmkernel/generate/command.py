@@ -55,12 +55,13 @@ def generate(
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
 
-    With `--prompts` a text for each is written to a file; the same command goes on where it was interrupted, and
-    under `torchrun` the processes share the prompts.
+    A text ends with the model's context at the latest. With `--prompts` a text for each is written to a file; the same
+    command goes on where it was interrupted, and under `torchrun` the processes share the prompts.
 
     Raises:
-        ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, a `draft` of another
-            vocabulary or beside what it does not go with, or less `memory` than two blocks of the model need.
+        ValueError: `top_p`, `dtype` or `cache` outside their range, `chat` without a template, a prompt that leaves no
+            room in the context, a `draft` of another vocabulary or beside what it does not go with, or less `memory`
+            than two blocks of the model need.
         OSError: no such checkpoint.
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
@@ -85,6 +86,7 @@ def generate(
         network, tokenizer = load(model, dtype) if memory is None else load_within(model, dtype, memory)
     inputs = encode_prompt(tokenizer, prompt, chat)
     check_tokens(network, inputs["input_ids"])
+    room = room_after(network, inputs["input_ids"].shape[1])
     if bits is not None:
         from .cache import IntegerCache
 
@@ -93,7 +95,7 @@ def generate(
         from .drafts import chosen_draft
 
         sampling["assistant_model"] = chosen_draft(network, tokenizer, draft, inputs)
-    tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=max_new_tokens, **sampling)
+    tokens, seconds = stream(network, tokenizer, inputs, seed, max_new_tokens=min(max_new_tokens, room), **sampling)
     return {
         "model": model,
         "prompt": prompt,
@@ -102,6 +104,7 @@ def generate(
         "tokens_per_second": len(tokens) / seconds,
         "seconds": seconds,
         "prompt_tokens": inputs["input_ids"].shape[1],
+        "context_full": len(tokens) == room,
         "dtype": str(network.dtype).removeprefix("torch."),
         "cache": cache,
         "draft": draft,
@@ -115,8 +118,11 @@ def render_generate(result: dict[str, Any]) -> str:
     """Nothing: the text was streamed. Its measure goes to standard error, so that a pipe gets the text alone."""
     if "prompts" in result:
         rate = result["new_tokens"] / max(result["seconds"], 1e-9)
-        return f"{result['output']}: {result['prompts']} texts, {result['new_tokens']} tokens, {rate:.1f} a second"
-    print(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second", file=sys.stderr)
+        full = f" ({result['context_full']} until the model's context was full)" if result["context_full"] else ""
+        texts = f"{result['prompts']} texts{full}"
+        return f"{result['output']}: {texts}, {result['new_tokens']} tokens, {rate:.1f} a second"
+    full = ", the model's context is full" if result["context_full"] else ""
+    print(f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second{full}", file=sys.stderr)
     return ""
 
 
@@ -176,6 +182,16 @@ def check_tokens(network: "PreTrainedModel", ids: "torch.Tensor") -> None:
             f"vocab_size={network.config.vocab_size}: the tokenizer made token {highest}, which the model does not "
             "have; use the model's own tokenizer."
         )
+
+
+def room_after(
+    network: "PreTrainedModel", tokens: int, what: str = "the prompt", remedy: str = "shorten it"
+) -> int:
+    """How many tokens the model's context has room for after a prompt. Raises `ValueError` where there is none."""
+    context = getattr(network.config, "max_position_embeddings", None) or sys.maxsize
+    if tokens >= context:
+        raise ValueError(f"{what} has {tokens} tokens, the model's context ends at {context}; {remedy}.")
+    return context - tokens
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool | None) -> "dict[str, torch.Tensor]":

@@ -27,7 +27,7 @@ from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, 
 
 from .batch import Request as Sequence
 from .checks import check_chat, check_completion, check_fields
-from .command import check_tokens
+from .command import check_tokens, room_after
 from .engine import Engine, Served
 from .sampling import sampling_options
 from .stop import StopStrings, cut
@@ -379,13 +379,10 @@ class EngineManager(BaseGenerateManager):
     ) -> "tuple[TextStreamer, Sequence]":
         """Raises `ValueError` for a prompt without tokens, or one that leaves no room in the context."""
         ids = inputs["input_ids"]
-        tokens, context = ids.shape[1], getattr(model.config, "max_position_embeddings", None) or 2**31
-        if not tokens:
+        if not ids.numel():
             raise ValueError("the prompt has no tokens")
-        if tokens >= context:
-            raise ValueError(f"the prompt has {tokens} tokens, the model's context ends at {context}")
+        config.max_new_tokens = min(config.max_new_tokens, room_after(model, ids.shape[1]))
         check_tokens(model, ids)
-        config.max_new_tokens = min(config.max_new_tokens, context - tokens)
         streamer = TextStreamer(tokenizer._tokenizer, config, parser)
         sequence = Sequence(model, ids[0].tolist(), config, streamer, config.seed)
         streamer.sequence = sequence

@@ -33,7 +33,7 @@ def generate_prompts(
     dtype: str,
     **options: Any,
 ) -> dict[str, Any]:
-    """Writes one line of JSON a prompt, in their order: `{"index", "prompt", "text", "tokens"}`.
+    """Writes one line of JSON a prompt, in their order: `{"index", "prompt", "text", "tokens", "context_full"}`.
 
     Args:
         model: folder or Hub id.
@@ -46,7 +46,7 @@ def generate_prompts(
         options: `max_new_tokens` and what `generate()` samples by.
 
     Raises:
-        ValueError: a file that is none of these, a prompt that does not fit the model, an output in the way.
+        ValueError: a file that is none of these, a prompt that leaves no room in the context, an output in the way.
     """
     asked = read_prompts(prompts)
     if output.exists():
@@ -58,10 +58,10 @@ def generate_prompts(
     mine = [index for index in processes.share(len(asked)) if index not in done]
     if mine:
         _generate(model, dtype, {index: asked[index] for index in mine}, _part(output, processes.rank()), run)
-    tokens = processes.on_first(lambda: _gather_lines(output, run))
+    tokens, full = processes.on_first(lambda: _gather_lines(output, run))
     seconds = time.monotonic() - started
     return {
-        "model": model, "output": str(output), "prompts": len(asked), "new_tokens": tokens,
+        "model": model, "output": str(output), "prompts": len(asked), "new_tokens": tokens, "context_full": full,
         "seconds": round(seconds, 2), "taken_up": len(done), "processes": processes.world_size(), "batch": batch,
     }  # fmt: skip
 
@@ -127,12 +127,12 @@ def _opened(part: Path, run: dict[str, Any]) -> TextIO:
 
 
 class _Line:
-    """Collects the tokens of a prompt, and writes them when they have ended."""
+    """Collects the tokens of a prompt, and writes them when they have ended, after `room` at the latest."""
 
     ended = False
 
-    def __init__(self, index: int, prompt: Prompt, write: Any):
-        self.index, self.prompt, self.write = index, prompt, write
+    def __init__(self, index: int, prompt: Prompt, room: int, write: Any):
+        self.index, self.prompt, self.room, self.write = index, prompt, room, write
         self.tokens: list[int] = []
 
     def put(self, value: Any) -> None:
@@ -149,56 +149,50 @@ def _generate(model: str, dtype: str, prompts: dict[int, Prompt], part: Path, ru
     from transformers import GenerationConfig
 
     from .batch import Batch, Request
-    from .command import load
+    from .command import load, room_after
 
     network, tokenizer = load(model, dtype)
-    encoded = {index: _encoded(network, tokenizer, index, prompt, run) for index, prompt in prompts.items()}
-    names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k")
-    config = GenerationConfig(**{name: run[name] for name in names if run.get(name) is not None})
+    encoded = {index: _encoded(network, tokenizer, prompt, run["chat"]) for index, prompt in prompts.items()}
+    rooms = {i: room_after(network, len(ids), f"prompts: the one of index {i}") for i, ids in encoded.items()}
+    names = ("do_sample", "temperature", "top_p", "top_k")
+    sampling = {name: run[name] for name in names if run.get(name) is not None}
     bar = tqdm(total=len(prompts), desc="prompts", disable=not processes.is_first())
     with _opened(part, run) as file, bar:
 
         def write(line: _Line) -> None:
             text = tokenizer.decode(line.tokens, skip_special_tokens=True)
             entry = {"index": line.index, "prompt": line.prompt, "text": text, "tokens": len(line.tokens)}
+            entry["context_full"] = len(line.tokens) == line.room
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
             bar.update()
 
         together = Batch(network, run["batch"])
         for index, ids in encoded.items():
-            line = _Line(index, prompts[index], write)
+            line = _Line(index, prompts[index], rooms[index], write)
+            config = GenerationConfig(max_new_tokens=min(run["max_new_tokens"], line.room), **sampling)
             together.waiting.append(Request(network, ids, config, line, run["seed"] + index))
         while together.is_busy():
             together.step()
 
 
 def _encoded(
-    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", index: int, prompt: Prompt, run: dict[str, Any]
+    network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: Prompt, chat: bool | None
 ) -> list[int]:
-    """Tokens of a prompt. Raises `ValueError` where they, with those to come, are beyond the model's context."""
+    """Tokens of a prompt."""
     from .command import check_tokens, encode_messages, encode_prompt
 
-    if isinstance(prompt, str):
-        inputs = encode_prompt(tokenizer, prompt, run["chat"])
-    else:
-        inputs = encode_messages(tokenizer, prompt)
-    ids = inputs["input_ids"]
-    check_tokens(network, ids)
-    longest = getattr(network.config, "max_position_embeddings", None)
-    if longest and ids.shape[1] + run["max_new_tokens"] > longest:
-        raise ValueError(
-            f"prompts: the one of index {index} has {ids.shape[1]} tokens, with {run['max_new_tokens']} new ones more "
-            f"than the context of {longest}; shorten it, or lower max_new_tokens."
-        )
-    return ids[0].tolist()
+    is_text = isinstance(prompt, str)
+    inputs = encode_prompt(tokenizer, prompt, chat) if is_text else encode_messages(tokenizer, prompt)
+    check_tokens(network, inputs["input_ids"])
+    return inputs["input_ids"][0].tolist()
 
 
 # The output, and the other processes
 
 
-def _gather_lines(output: Path, run: dict[str, Any]) -> int:
-    """Joins what all processes wrote, in the prompts' order; returns how many tokens there are."""
+def _gather_lines(output: Path, run: dict[str, Any]) -> tuple[int, int]:
+    """Joins what all processes wrote, in the prompts' order; returns how many tokens there are, and full contexts."""
     parts = _parts(output)
     entries = sorted((entry for part in parts for entry in _entries(part, run)), key=lambda entry: entry["index"])
     whole = output.with_name(f"{output.name}.part")
@@ -206,4 +200,4 @@ def _gather_lines(output: Path, run: dict[str, Any]) -> int:
     os.replace(whole, output)
     for part in parts:
         part.unlink()
-    return sum(entry["tokens"] for entry in entries)
+    return sum(entry["tokens"] for entry in entries), sum(entry["context_full"] for entry in entries)

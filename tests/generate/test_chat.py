@@ -123,7 +123,10 @@ def test_commands_that_are_none_and_the_end_of_the_context_are_told(tiny_checkpo
 
 
 def test_an_answer_ends_with_the_context(loaded, capsys):
-    assert conversation(loaded, max_new_tokens=50, min_new_tokens=4).ask("w1 " * 122)["tokens"] == 4
+    turn = conversation(loaded, max_new_tokens=50, min_new_tokens=4).ask("w1 " * 122)
+    assert (turn["tokens"], turn["context_full"]) == (4, True)
+    module._answer(conversation(loaded, max_new_tokens=50, min_new_tokens=4), "w1 " * 122)
+    assert ", the model's context is full)" in capsys.readouterr().err
 
 
 def test_a_terminal_is_asked(tiny_checkpoint, monkeypatch, capsys):

@@ -60,6 +60,20 @@ def test_json_holds_the_text_and_standard_output_nothing_else(tiny_checkpoint, c
     assert result["text"] in err
 
 
+def test_a_text_ends_with_the_context(tiny_checkpoint, capsys):
+    """As if no more had been asked for, and that is said; a prompt that leaves no room is refused."""
+    model, prompt = str(tiny_checkpoint), "w1 w2 " * 61  # 122 of 128 tokens
+    asked = generate(model, prompt, max_new_tokens=5, chat=False)
+    cut = generate(model, prompt, max_new_tokens=50, chat=False)
+    assert (cut["tokens"], cut["context_full"], asked["context_full"]) == (6, True, False)
+    assert cut["text"].startswith(asked["text"])
+    render_generate(asked), render_generate(cut)
+    first, second = capsys.readouterr().err.splitlines()[-2:]
+    assert "context" not in first and second.endswith("a second, the model's context is full")
+    with pytest.raises(ValueError, match="the prompt has 128 tokens, the model's context ends at 128; shorten it"):
+        generate(model, "w1 w2 " * 64, chat=False)
+
+
 def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
     model = str(tiny_checkpoint)
     with pytest.raises(ValueError, match="top_p=1.5"):

@@ -44,6 +44,15 @@ def test_every_prompt_gets_its_text(tmp_path, tiny_checkpoint, file, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "prompts.txt"]
 
 
+def test_a_text_ends_with_the_context(tmp_path, tiny_checkpoint):
+    (tmp_path / "prompts.txt").write_text("w1 w2\n" + "w1 w2 " * 61)
+    result = run(tiny_checkpoint, tmp_path / "prompts.txt", tmp_path / "out", max_new_tokens=50)
+    short, long = lines(tmp_path / "out")
+    assert (short["context_full"], long["context_full"], long["tokens"]) == (False, True, 6)
+    assert long["text"] == alone(tiny_checkpoint, "w1 w2 " * 61)
+    assert "2 texts (1 until the model's context was full), " in render_generate(result)
+
+
 def test_messages_and_samples(tmp_path, tiny_checkpoint):
     rows = [{"prompt": "w1 w2"}, {"messages": [{"role": "user", "content": "w1 w2"}]}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -105,7 +114,7 @@ def test_processes_share_the_prompts(tmp_path, tiny_checkpoint, file):
         ("p.md", "w1", [], "must end in .txt"),
         ("p.txt", "\n \n", [], "has no prompt"),
         ("p.jsonl", '{"prompt": "w1"}\n{"text": 1}', [], "line 2 is no JSON object with a text 'prompt' or"),
-        ("p.txt", "w1 " * 150, ["--max-new-tokens", "100"], "the one of index 0 has "),
+        ("p.txt", "w1 " * 150, [], "prompts: the one of index 0 has 152 tokens, the model's context ends at 128"),
         ("p.txt", "w1", ["--memory", "1GB"], "prompts: goes without memory"),
         ("p.txt", "w1", ["w2"], "prompts: goes without PROMPT"),
     ],
