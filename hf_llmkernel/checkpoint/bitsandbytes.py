@@ -123,6 +123,16 @@ class BitsAndBytes:
             }
         return tensors
 
+    def check_range(self, name: str, weight: torch.Tensor) -> None:
+        """Raises `ValueError` for a weight `[O, I]` with values beyond the range that a linear `name` computes in."""
+        dtype = self.compute_dtype if self.is_four_bit else "float16"
+        if not weight.to(getattr(torch, dtype)).isfinite().all():
+            remedy = "set compute_dtype to 'bfloat16'" if self.is_four_bit else "choose quant_type 'nf4'"
+            raise ValueError(
+                f"bitsandbytes: {name} has values up to {float(weight.abs().max()):.4g}, and {self.words} computes in "
+                f"{dtype}, whose largest number is {torch.finfo(getattr(torch, dtype)).max:.5g}; {remedy}."
+            )
+
     def encode(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is stored for a floating weight `[O, I]`, by suffix."""
         from bitsandbytes import functional

@@ -182,7 +182,10 @@ def stored_as(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tens
         return tensor
     cast = tensor.to(dtype)
     if cast.dtype != tensor.dtype and not cast.isfinite().all():
-        raise ValueError(f"dtype={str(dtype)[6:]}: {name} has values beyond its range; choose bfloat16 or float32.")
+        largest = f"{float(tensor.abs().max()):.4g}"
+        raise ValueError(
+            f"dtype={str(dtype)[6:]}: {name} has values beyond its range, up to {largest}; choose bfloat16 or float32."
+        )
     return cast
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.model_folder import block_module, in_fp32, stored_as
+from ..checkpoint.precision import check_products
 from ..model.configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import pack_weight, unpack_mask, unpack_weight
 from ..model.modeling_llm_kernel import LLMKernelDecoderLayer
@@ -206,6 +207,12 @@ class Block:
         for name, tensor in self.tensors.items():
             if name.startswith(prefixes):
                 self.tensors[name] = stored_as(self.path(name), tensor, dtype)
+
+    def check_products(self, dtype: torch.dtype) -> None:
+        """Raises `ValueError` where a linear stands for values that a model of a dtype cannot compute."""
+        for leaf in self.linears():
+            shape, read = matrix_shape(self.layer, leaf), self.stored(leaf).__getitem__
+            check_products(self.path(leaf), self.form(leaf), shape, dtype, read)
 
     def module(self) -> LLMKernelDecoderLayer:
         """The block as a module that computes in fp32 with exactly the values that are stored."""

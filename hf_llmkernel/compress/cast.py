@@ -30,8 +30,12 @@ class Cast(Stage):
 
     Args:
         dtype: `"float16"` or `"bfloat16"`.
-        overflow: what becomes of values beyond its range: `"refuse"` ends the run before any work is done, `"clamp"`
-            stores the largest number instead.
+        overflow: what becomes of floating values beyond its range: `"refuse"` ends the run before any work is done,
+            `"clamp"` stores the largest number instead.
+
+    Integers and low ranks that stand for values beyond it cannot be clamped: a run ends at the first, whatever
+    `overflow` says. Activations may be beyond it where no weight is, with clamped weights above all; that is not looked
+    for, and perplexities are computed in fp32.
     """
 
     dtype: str

@@ -353,7 +353,9 @@ def _write_tensors(result: ModelFolder, recipe: Recipe, folder: Path) -> Written
             linear = name.removesuffix(".weight")
             matrix = name.startswith(layers) and linear != name and len(shape) == 2
             if quantization is not None and matrix and quantization.quantizes(linear):
-                for suffix, tensor in quantization.encode(torch.cat(list(blocks)).view(shape)).items():
+                weight = torch.cat(list(blocks)).view(shape)
+                quantization.check_range(linear, weight)
+                for suffix, tensor in quantization.encode(weight).items():
                     writer.add(f"{linear}.{suffix}", tensor)
             else:
                 writer.add_blocks(name, dtype, shape, blocks)

@@ -20,6 +20,7 @@ from .. import processes
 from ..checkpoint.model_folder import ModelFolder
 from ..kernels import disabled
 from ..model.configuration_llm_kernel import LLMKernelConfig
+from .cast import Cast
 from .disk import write_json
 from .plan import keep_layers, own_layers, variants
 from .recipe import Recipe
@@ -102,7 +103,9 @@ class Run:
             layers = [layers[index] for index in kept]
         steps = [self._decided(stages[0], decision), *map(Step, stages[1:])]
         folder, origin = self._sweep_folder(number), (self.source, layers)
-        sweep = Sweep(current, steps, folder, self.dtype, self.ids, self.progress, self.clock, origin)
+        sweep = Sweep(
+            current, steps, folder, self.dtype, self.ids, self.progress, self.clock, origin, self._computes()
+        )
         result = sweep.run()
 
         def settle() -> None:
@@ -123,6 +126,11 @@ class Run:
             return Step(stage)
         file = decision.pop("tensors", None)  # is gone when the run is, so no report names it
         return Step(stage, decision.get("targets"), None if file is None else load_file(self.work / file))
+
+    def _computes(self) -> torch.dtype:
+        """The dtype of the finished model: that of a stage `cast`, else of what stays floating."""
+        casts = [stage.dtype for stage in self.recipe.stages if isinstance(stage, Cast)]
+        return getattr(torch, casts[0]) if casts else self.dtype
 
     def _sweep_folder(self, number: int) -> Path:
         return self.work / f"sweep-{number:02d}"

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from .. import processes
 from ..checkpoint.header import read_header
 from ..checkpoint.model_folder import ModelFolder, embedding_module, stored_as
+from ..checkpoint.precision import check_products
 from ..checkpoint.reader import INDEX_FILE
 from ..model.configuration_llm_kernel import LAYER_FIELDS, LinearForm, LLMKernelConfig
 from .block import SITES, Block
@@ -97,6 +98,7 @@ class Sweep:
         progress: whether to draw a bar.
         clock: takes the seconds.
         origin: the uncompressed checkpoint, and of each layer of `source` the one of it that it was made of.
+        computes: dtype that the finished model computes in; by default `dtype`.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Sweep:
         progress: bool,
         clock: Clock,
         origin: tuple[ModelFolder, list[int]],
+        computes: torch.dtype | None = None,
     ):
         self.source = source
         self.steps = steps
@@ -118,12 +121,17 @@ class Sweep:
         self.progress = progress
         self.clock = clock
         self.origin = origin
+        self.computes = computes or dtype
         self.count = source.config.num_hidden_layers
         self._told: list[str] = []  # the last block's loss, for the bar
 
     @torch.no_grad()
     def run(self) -> ModelFolder:
-        """Writes every tensor and the configuration; returns the result."""
+        """Writes every tensor and the configuration; returns the result.
+
+        Raises:
+            ValueError: a weight that a form, or the dtype that the model computes in, cannot hold.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         if processes.is_first() and not (self.folder / TOP_FILE).is_file():
             self._write_top()
@@ -151,8 +159,21 @@ class Sweep:
             stored = {suffix: tensor}
             if leaf in ("embed_tokens", "lm_head") and suffix == "weight":
                 stored = self._apply_top(leaf, stored)
-            tensors |= {f"{module}.{key}": stored_as(key, tensor, self.dtype) for key, tensor in stored.items()}
+            named = {f"{module}.{key}": tensor for key, tensor in stored.items()}
+            tensors |= {name: stored_as(name, tensor, self.dtype) for name, tensor in named.items()}
+        self._check_top(tensors)
         write_tensors(self.folder / TOP_FILE, tensors)
+
+    def _check_top(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raises `ValueError` where an embedding or head stands for what the model cannot compute."""
+        config = self._config([])
+        ends = {f"{self.source.prefix}embed_tokens": config.embed_tokens_form, "lm_head": config.lm_head_form}
+        for path, form in ends.items():
+            names = [name for name in tensors if name.startswith(f"{path}.")]
+            stored = {name.removeprefix(f"{path}."): tensors[name] for name in names}
+            if stored:
+                shape = (config.vocab_size, config.hidden_size)
+                check_products(path, LinearForm.from_dict(form), shape, self.computes, stored.__getitem__)
 
     def _top(self) -> dict[str, torch.Tensor]:
         """All tensors outside of the blocks, as decisions for the whole model change them."""
@@ -242,6 +263,7 @@ class Sweep:
                 for site in SITES:
                     visit(site, None)
         block.cast(self.dtype)
+        block.check_products(self.computes)
 
     def _run(self, walk: Walk, block: Block, needs: dict[str, str], visit: Visit, advance: bool) -> None:
         """A run of the walk; what is not spent on statistics and in `visit` is the forward's."""

@@ -48,6 +48,7 @@ def export_compressed(export: Export) -> Conversion:
     own = OwnCheckpoint(export.folder, config)
     stock = to_stock(config, family)
     stock.dtype = dtype = export.dtype or common_dtype(config, integers)
+    own.check_products(dtype)
     model_class = getattr(transformers, family.prefix + HEADS[own.head].suffix)
     stock.architectures = [model_class.__name__]
     made, tied = tensors_of(model_class, stock)

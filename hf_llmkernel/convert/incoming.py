@@ -6,6 +6,7 @@ tensor at a time.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..checkpoint import CheckpointReader, check_output, output_folder
+from ..checkpoint.precision import check_products
 from ..checkpoint.writer import SHARD_BYTES
 from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LLMKernelConfig
@@ -25,7 +27,17 @@ from .gguf_file import GGUFFile
 from .gguf_integers import open_integers
 from .gguf_metadata import INTERLEAVED
 from .matrices import Matrix, matrices
-from .names import HEADS, Plan, Tensors, check_head, equal_tensors, head_of, plan_copies, tensors_of
+from .names import (
+    HEADS,
+    Plan,
+    Tensors,
+    check_head,
+    equal_tensors,
+    head_of,
+    plan_copies,
+    tensors_of,
+    whole_tensor,
+)
 from .source import (
     Source,
     check_companions,
@@ -148,6 +160,10 @@ def _prepare(
     config.architectures = [model_class.__name__]
     config.dtype = cast or config.dtype or _first_dtype(tensors)
     plan = plan_copies(tensors, *tensors_of(model_class, config), head is not None, where)
+    if config.dtype == torch.float16:  # the others reach as far as scales do
+        for matrix in kept:
+            read = partial(whole_tensor, tensors, matrix.label)
+            check_products(matrix.label, matrix.form, matrix.shape, torch.float16, read)
     return _Job(found, fields, tensors, stock, config, plan, cast, notes)
 
 

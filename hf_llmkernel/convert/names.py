@@ -168,6 +168,12 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def whole_tensor(tensors: Tensors, path: str, suffix: str) -> torch.Tensor:
+    """The tensor `path.suffix` of a source."""
+    key = f"{path}.{suffix}"
+    return torch.cat([block.flatten() for block in tensors.blocks(key)]).view(tensors.shape(key))
+
+
 def equal_tensors(tensors: Tensors, first: str, second: str) -> bool:
     """Whether two tensors of a source hold the same values, piece by piece."""
     if tensors.shape(first) != tensors.shape(second):

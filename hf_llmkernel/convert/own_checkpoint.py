@@ -4,17 +4,19 @@ Shapes: O out_features, I in_features, G groups of columns.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import CheckpointReader
 from ..checkpoint.bitsandbytes import BitsAndBytes
+from ..checkpoint.precision import check_products
 from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import INT4_OFFSET, check_mask, expand_groups, unpack_mask, unpack_nibbles, unpack_weight
 from .families import CONFIG_ERRORS, one_line
-from .matrices import Matrix
+from .matrices import Matrix, matrices
 from .names import HEADS, canonical, head_of, plan_copies, tensors_of
 from .source import read_config_fields
 
@@ -48,13 +50,23 @@ class OwnCheckpoint:
         """
         names = matrix.form.stored_tensors(*matrix.shape) if names is None else names
         wanted = [name for name in names if name != "bias"]
-        stored = {name: self.reader.tensor(self.keys[f"{matrix.path}.{name}"]) for name in wanted}
+        stored = {name: self._tensor(matrix, name) for name in wanted}
         if "mask" in stored:
             try:
                 check_mask(stored["mask"], matrix.form, matrix.shape[1])
             except ValueError as error:
                 raise ValueError(f"{matrix.path}.{error}") from None
         return stored
+
+    def check_products(self, dtype: torch.dtype) -> None:
+        """Raises `ValueError` where a matrix that is not dense stands for values that a dtype does not hold."""
+        for matrix in matrices(self.config):
+            if f"{matrix.path}.{next(iter(matrix.form.stored_tensors(*matrix.shape)))}" not in self.keys:
+                continue  # the head of another class than this one
+            check_products(matrix.label, matrix.form, matrix.shape, dtype, partial(self._tensor, matrix))
+
+    def _tensor(self, matrix: Matrix, suffix: str) -> torch.Tensor:
+        return self.reader.tensor(self.keys[f"{matrix.path}.{suffix}"])
 
     def weight(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
         """Its dense weight `[O, I]`."""

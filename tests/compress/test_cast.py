@@ -98,6 +98,31 @@ def test_integers_keep_their_scales_and_bitsandbytes_may_follow(tmp_path):
     assert quantized["model.norm.weight"].dtype == torch.float16
 
 
+UP = "model.layers.1.mlp.up_proj"
+CLAMPED = {"cast": {"dtype": "float16", "overflow": "clamp"}}
+BEYOND = {
+    "integers": ("up_proj", "float16", [{"quantize": {"bits": 8}}]),
+    "their scales in fp32": ("up_proj", "float16", [{"quantize": {"bits": 4, "scale_dtype": "float32"}}]),
+    "low ranks": ("up_proj", "float16", [{"factorize": {"ratio": 0.3, "method": "svd", "include": ["up_proj"]}}]),
+    "an embedding": ("embed", "float16", [{"quantize": {"bits": 8, "exclude": ["*"], "embeddings": True}}]),
+    "integers, what floats clamped": ("up_proj", None, [{"quantize": {"bits": 8}}, CLAMPED]),
+    "an embedding, what floats clamped": ("embed", None, [{"quantize": {"bits": 8, "embeddings": True}}, CLAMPED]),
+}
+
+
+@pytest.mark.parametrize("case", BEYOND)
+def test_what_integers_and_low_ranks_stand_for_is_refused_beyond_the_range(tmp_path, case):
+    where, dtype, stages = BEYOND[case]
+    save_tiny(tmp_path / "source")
+    tensors = load_file(tmp_path / "source/model.safetensors")
+    tensors[f"{UP}.weight" if where == "up_proj" else "model.embed_tokens.weight"][3, 5] = -2e5
+    save_file(tensors, tmp_path / "source/model.safetensors", {"format": "pt"})
+    name = UP if where == "up_proj" else "model.embed_tokens"
+    with pytest.raises(ValueError, match=rf"^dtype=float16: {name} stands for values up to 2e\+05, .*; choose b"):
+        compress(tmp_path / "source", {"dtype": dtype, "stages": stages}, tmp_path / "out", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
 def test_the_plan_is_in_the_new_bytes(tiny):
     stages = Recipe.load({"stages": [{"cast": {"dtype": "bfloat16"}}]}).stages
     config = ModelFolder(tiny).config

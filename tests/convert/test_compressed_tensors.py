@@ -426,15 +426,19 @@ def test_shapes_of_a_layers_own_are_named(tmp_path):
         export_checkpoint(tmp_path / "ours", tmp_path / "out", to="compressed-tensors")
 
 
-def test_a_scale_beyond_the_dtype(tmp_path):
+@pytest.mark.parametrize("scale", [1e30, 3e4])
+def test_a_scale_that_takes_codes_beyond_the_dtype(tmp_path, scale):
     model = save_packed(tmp_path / "ours", {"up_proj": {**INT4, "scale_dtype": "float32"}})
-    model.model.layers[1].mlp.up_proj.scales[3, 1] = 1e30
+    model.model.layers[1].mlp.up_proj.scales[3, 1] = scale
     model.save_pretrained(tmp_path / "ours")
-    with pytest.raises(
-        ValueError, match=r"dtype=float16: model\.layers\.1\.mlp\.up_proj\.weight_scale .*beyond its range"
-    ):
+    message = r"dtype=float16: {} stands for values up to \S+, and the largest number is 65504; choose bfloat16"
+    with pytest.raises(ValueError, match=message.format("layer 1, up_proj")):
         export_checkpoint(tmp_path / "ours", tmp_path / "out", to="compressed-tensors", dtype="float16")
     assert not (tmp_path / "out").exists()
+    export_checkpoint(tmp_path / "ours", tmp_path / "out", to="compressed-tensors")
+    with pytest.raises(ValueError, match=message.format(r"model\.layers\.1\.mlp\.up_proj")):
+        convert_checkpoint(tmp_path / "out", tmp_path / "back", dtype="float16")
+    assert not (tmp_path / "back").exists()
 
 
 def test_the_commands(tmp_path, capfd):

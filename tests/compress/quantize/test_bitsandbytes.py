@@ -1,10 +1,11 @@
 """The stage `bitsandbytes`: what it writes is what transformers makes of the same model on load, bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_llmkernel import compress, export_checkpoint, inspect
@@ -148,6 +149,18 @@ def test_a_quantized_checkpoint_is_not_exported(written, tmp_path, to):
     with pytest.raises(ValueError, match="config.json: the linears are stored as bitsandbytes"):
         export_checkpoint(written[1], tmp_path / "out", to)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings", [{"quant_type": "int8"}, {"compute_dtype": "float16"}])
+def test_weights_beyond_what_it_computes_in_are_refused(source, tmp_path, settings):
+    name, file = "model.layers.1.self_attn.v_proj", tmp_path / "source/model.safetensors"
+    shutil.copytree(source / "dense", tmp_path / "source")
+    tensors = load_file(file)
+    tensors[f"{name}.weight"][2, 3] = 1e5
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"bitsandbytes: {name} has values up to 1e\+05, .* float16, .* 65504; "):
+        compress(tmp_path / "source", {"stages": [{"bitsandbytes": settings}]}, tmp_path / "output", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_the_plan_is_in_bytes(source):
