@@ -38,7 +38,9 @@ class Conversion:
     dropped: list[str] = field(default_factory=list)
     ignored_fields: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    precision: dict[str, Any] | None = None  # what casting lost, counted: `dtype`, `values`, `underflowed`, `subnormal`
+    # What casting lost, counted: `dtype`, `values`, `underflowed`, `subnormal`; of a GGUF file `dtype` are the types
+    # that matrices were rounded to, and `matrices` how many were.
+    precision: dict[str, Any] | None = None
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

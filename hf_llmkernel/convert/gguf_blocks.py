@@ -78,6 +78,19 @@ def _halves(two_bytes: torch.Tensor) -> torch.Tensor:
     return two_bytes.contiguous().view(torch.float16).squeeze(-1)
 
 
+def lost_values(weight: torch.Tensor, blocks: Blocks) -> dict[str, int]:
+    """How many values of a weight `[N, I]` are zero as fp16 has no scale so small, and how many have a subnormal one.
+
+    Of a block whose values are all one, which has no scale, it is the offset that counts.
+    """
+    there = (weight != 0).view(len(weight), -1, BLOCK).sum(-1)  # [N, B]
+    scales = blocks.scales.abs().float()
+    if blocks.offsets is not None:
+        scales = torch.where(scales == 0, blocks.offsets.abs().float(), scales)
+    gone, small = scales == 0, (scales > 0) & (scales < torch.finfo(torch.float16).smallest_normal)
+    return {"underflowed": int(there[gone].sum()), "subnormal": int(there[small].sum())}
+
+
 def zero_points_of(blocks: Blocks) -> Blocks:
     """Blocks of Q4_1 with `offsets` the zero points fp32 `[N, B]` for which `d * (code - zero_point) = d * code + m`.
 

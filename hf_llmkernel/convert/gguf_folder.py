@@ -8,17 +8,19 @@ Shapes: O out_features, I in_features.
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import gguf
 import torch
 from tqdm import tqdm
 
 from ..checkpoint import check_disk_space, is_finite, output_folder
+from ..checkpoint.precision import cast_values
 from ..checkpoint.reader import BLOCK_BYTES
 from ..checkpoint.writer import sync
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
@@ -71,7 +73,8 @@ def export_gguf(export: Export) -> Conversion:
     refuse_obstacles(_inexact_scales(own, kinds), export.to, REMEDY)
     vocabulary = Vocabulary(export.folder, config.vocab_size) if has_tokenizer(export.folder) else None
     architecture = architecture_of(config)
-    entries = _entries(own, kinds, architecture in INTERLEAVED)
+    lost: Counter[str] = Counter()
+    entries = _entries(own, kinds, architecture in INTERLEAVED, lost)
     check_disk_space(export.output, sum(entry.nbytes for entry in entries) + SMALL_FILES_BYTES)
     with output_folder(export.output) as part:
         _write(part / FILE, _header(config, architecture, vocabulary, kinds), entries, export.progress)
@@ -87,7 +90,8 @@ def export_gguf(export: Export) -> Conversion:
         files=[FILE],
         tokenizer=vocabulary is not None,
         dropped=own.plan.dropped,
-        notes=_notes(config, kinds),
+        notes=_notes(own, kinds),
+        precision=_precision(own, kinds, lost),
         seconds=round(time.monotonic() - started, 2),
     )
 
@@ -150,13 +154,35 @@ def _inexact_scales(own: OwnCheckpoint, kinds: dict[str, int]) -> list[str]:
     return found
 
 
-def _notes(config: LLMKernelConfig, kinds: dict[str, int]) -> list[str]:
-    notes = []
-    changed = [matrix for matrix in matrices(config) if matrix.form.bits < 16 or matrix.form.rank is not None]
-    if rounded := [matrix for matrix in changed if not _is_exact(matrix, kinds[matrix.path])]:
-        kind = ggml.NAMES[kinds[rounded[0].path]]
-        form = describe_form(rounded[0].form)
-        notes.append(f"{len(rounded)} matrices are dequantized and written anew ({rounded[0].label}: {form} to {kind})")
+def _is_kept(own: OwnCheckpoint, matrix: Matrix, kind: int) -> bool:
+    """Whether a type holds a matrix as it is stored: its codes, or its floating values."""
+    if _is_packed(matrix):
+        return _is_exact(matrix, kind)
+    return kind == ggml.F32 or own.stored_dtype(matrix) == ggml.FLOATING.get(kind)
+
+
+def _is_packed(matrix: Matrix) -> bool:
+    """Whether a matrix has to be computed to be floating."""
+    return matrix.form.bits < 16 or matrix.form.rank is not None
+
+
+def _precision(own: OwnCheckpoint, kinds: dict[str, int], lost: Counter[str]) -> dict[str, Any] | None:
+    """`Conversion.precision`, of the types that matrices were rounded to."""
+    types = [kinds[matrix.path] for matrix in matrices(own.config) if not _is_kept(own, matrix, kinds[matrix.path])]
+    rounded = [ggml.NAMES[kind] for kind in types if kind != ggml.F32]
+    counts = {name: lost[name] for name in ("values", "underflowed", "subnormal")}
+    return {"dtype": ", ".join(dict.fromkeys(rounded)), "matrices": len(rounded), **counts} if rounded else None
+
+
+def _notes(own: OwnCheckpoint, kinds: dict[str, int]) -> list[str]:
+    notes, config = [], own.config
+    changed = [matrix for matrix in matrices(config) if not _is_kept(own, matrix, kinds[matrix.path])]
+    if packed := [matrix for matrix in changed if _is_packed(matrix)]:
+        kind, form = ggml.NAMES[kinds[packed[0].path]], describe_form(packed[0].form)
+        notes.append(f"{len(packed)} matrices are dequantized and written anew ({packed[0].label}: {form} to {kind})")
+    if floating := [matrix for matrix in changed if not _is_packed(matrix)]:
+        kind = ggml.NAMES[kinds[floating[0].path]]
+        notes.append(f"{len(floating)} floating matrices are rounded ({floating[0].label}: to {kind})")
     if sparse := [matrix for matrix in matrices(config) if matrix.form.sparsity is not None]:
         notes.append(f"{len(sparse)} sparse matrices are stored with their zeros ({sparse[0].label})")
     if any(_is_exact(matrix, ggml.Q4_1) and kinds[matrix.path] == ggml.Q4_1 for matrix in matrices(config)):
@@ -167,7 +193,8 @@ def _notes(config: LLMKernelConfig, kinds: dict[str, int]) -> list[str]:
 # What is written
 
 
-def _entries(own: OwnCheckpoint, kinds: dict[str, int], interleaved: bool) -> list[Entry]:
+def _entries(own: OwnCheckpoint, kinds: dict[str, int], interleaved: bool, lost: Counter[str]) -> list[Entry]:
+    """What is written; `lost` counts, as that is read, what `_rounded` counts."""
     by_path = {matrix.path: matrix for matrix in matrices(own.config)}
     layers = list(own.config.per_layer_config)
     entries: dict[str, Entry] = {}
@@ -186,8 +213,9 @@ def _entries(own: OwnCheckpoint, kinds: dict[str, int], interleaved: bool) -> li
             entries[name] = Entry(gguf_name(stem, suffix), ggml.F32, own.reader.shape(key), read)
         elif stem not in entries:
             matrix, kind = by_path[stem], kinds[stem]
-            rows = partial(_dense_rows, own, matrix, kind) if matrix.path in ENDS and matrix.form.is_dense else None
-            read = rows or partial(_whole, own, matrix, kind, heads)
+            by_rows = matrix.path in ENDS and matrix.form.is_dense
+            rows = partial(_dense_rows, own, matrix, kind, lost) if by_rows else None
+            read = rows or partial(_whole, own, matrix, kind, heads, lost)
             entries[stem] = Entry(gguf_name(stem, "weight"), kind, matrix.shape, read)
     return list(entries.values())
 
@@ -211,36 +239,59 @@ def _vector(own: OwnCheckpoint, key: str, heads: int | None) -> Iterator[torch.T
     yield interleave(values, heads) if heads else values
 
 
-def _whole(own: OwnCheckpoint, matrix: Matrix, kind: int, heads: int | None) -> Iterator[torch.Tensor]:
+def _whole(
+    own: OwnCheckpoint, matrix: Matrix, kind: int, heads: int | None, lost: Counter[str]
+) -> Iterator[torch.Tensor]:
     """The bytes of a matrix in a type."""
     stored = own.stored(matrix)
     if _is_exact(matrix, kind):
         codes = dense_codes(stored, matrix.form, matrix.shape[1])
         blocks = ggml.of_codes(codes, matrix.form, stored["scales"], stored.get("zero_points"))
+        if blocks.offsets is not None and not is_finite(blocks.offsets):
+            _refuse_values(kind, matrix.label, own.weight(matrix, torch.float32))
         packed = ggml.pack_blocks(blocks, kind)
     else:
-        packed = _quantized(own.weight(matrix, torch.float32), kind, matrix.label)
+        packed = _rounded(own.weight(matrix, own.stored_dtype(matrix)), kind, matrix.label, lost)
     yield interleave(packed, heads) if heads else packed
 
 
-def _dense_rows(own: OwnCheckpoint, matrix: Matrix, kind: int) -> Iterator[torch.Tensor]:
+def _dense_rows(own: OwnCheckpoint, matrix: Matrix, kind: int, lost: Counter[str]) -> Iterator[torch.Tensor]:
     """The bytes of a dense matrix in a type, some rows at a time."""
     key, columns = own.keys[f"{matrix.path}.weight"], matrix.shape[1]
     row = columns * own.reader.dtype(key).itemsize
     for block in own.reader.blocks(key, max(BLOCK_BYTES // row, 1) * row):
-        yield _quantized(block.view(-1, columns), kind, matrix.label)
+        yield _rounded(block.view(-1, columns), kind, matrix.label, lost)
 
 
-def _quantized(weight: torch.Tensor, kind: int, label: str) -> torch.Tensor:
-    """A floating weight `[N, I]` in a type: cast, or rounded block by block as ggml itself does."""
+def _rounded(weight: torch.Tensor, kind: int, label: str, lost: Counter[str]) -> torch.Tensor:
+    """A floating weight `[N, I]` in a type: cast, or rounded block by block as ggml itself does.
+
+    `lost` counts the values that are not kept as they are, and of them those whose range is not that of the type: those
+    `underflowed` that became zero as float16 has no smaller number, of a value itself or of a block's scale, and those
+    `subnormal` that kept fewer bits than others for that.
+    """
+    if weight.dtype == ggml.FLOATING.get(kind):
+        return weight
     if kind in ggml.FLOATING:
-        cast = weight.to(ggml.FLOATING[kind])
+        rounded, counts = cast_values(weight, ggml.FLOATING[kind])
+        is_whole = not counts.pop("overflowed")
     else:
-        cast = torch.from_numpy(gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType(kind)))
-    scales = cast if kind in ggml.FLOATING else ggml.unpack_blocks(cast, kind).scales
-    if not is_finite(scales):
-        raise ValueError(f"type={ggml.NAMES[kind]}: {label} has values beyond its range; choose BF16 or F32.")
-    return cast
+        rounded = torch.from_numpy(gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType(kind)))
+        blocks = ggml.unpack_blocks(rounded, kind)
+        is_whole = is_finite(blocks.scales) and (blocks.offsets is None or is_finite(blocks.offsets))
+        counts = ggml.lost_values(weight, blocks)
+    if not is_whole:
+        _refuse_values(kind, label, weight)
+    if kind != ggml.F32:
+        lost.update({"values": weight.numel(), **counts})
+    return rounded
+
+
+def _refuse_values(kind: int, label: str, weight: torch.Tensor) -> NoReturn:
+    largest = f"{float(weight.abs().max()):.4g}"
+    raise ValueError(
+        f"type={ggml.NAMES[kind]}: {label} has values beyond its range, up to {largest}; choose BF16 or F32."
+    )
 
 
 def _header(

@@ -58,6 +58,12 @@ class OwnCheckpoint:
                 raise ValueError(f"{matrix.path}.{error}") from None
         return stored
 
+    def stored_dtype(self, matrix: Matrix) -> torch.dtype:
+        """Of a floating matrix; of one that has to be computed, float32."""
+        if matrix.form.bits < 16 or matrix.form.rank is not None:
+            return torch.float32
+        return self.reader.dtype(self.keys[f"{matrix.path}.{'weight' if matrix.form.is_dense else 'values'}"])
+
     def check_products(self, dtype: torch.dtype) -> None:
         """Raises `ValueError` where a matrix that is not dense stands for values that a dtype does not hold."""
         for matrix in matrices(self.config):

@@ -396,14 +396,54 @@ def test_tokenizers_that_llama_cpp_does_not_have(tmp_path, changes, message):
 
 def test_values_beyond_the_type(tmp_path):
     model = save_ours(tmp_path / "ours")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = 1e6
+    for kind, value in (("F16", 1e6), ("Q8_0", 1e8), ("Q4_1", 1e6)):
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[3] = value
+        model.save_pretrained(tmp_path / "ours")
+        message = rf"^type={kind}: layer 1, up_proj has values beyond its range, up to 1e\+0\d; choose BF16 or F32"
+        with pytest.raises(ValueError, match=message):
+            export_checkpoint(tmp_path / "ours", tmp_path / "out", to="gguf", type=kind)
+        assert not (tmp_path / "out").exists()
+
+
+def test_offsets_beyond_float16(tmp_path):
+    model = save_ours(tmp_path / "ours", {"up_proj": ZEROS})
+    model.model.layers[2].mlp.up_proj.scales[3, 1] = 3e4  # which times a zero point of at least 4 is an offset
     model.save_pretrained(tmp_path / "ours")
-    with pytest.raises(
-        ValueError, match=r"^type=F16: layer 1, up_proj has values beyond its range; choose BF16 or F32"
-    ):
-        export_checkpoint(tmp_path / "ours", tmp_path / "out", to="gguf", type="F16")
+    with pytest.raises(ValueError, match=r"^type=Q4_1: layer 2, up_proj has values beyond its range, up to \S+; ch"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "out", to="gguf")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "dtype", "underflowed", "subnormal"), [
+    ("F16", "float32", 3 * 64 + 1, 64 + 2),
+    ("F16", "float16", None, None),
+    ("Q8_0", "float32", 3 * 64, 64),
+    ("Q4_0", "bfloat16", 3 * 64, 64),
+    ("Q4_1", "float32", 3 * 64, 64),
+    ("F32", "bfloat16", None, None),
+])  # fmt: skip
+def test_what_rounding_dense_matrices_loses_is_counted(tmp_path, capfd, kind, dtype, underflowed, subnormal):
+    model = save_ours(tmp_path / "ours")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.where(parameter.abs() < 0.02, 0.02, parameter))
+        up, embedding = model.model.layers[1].mlp.up_proj.weight, model.model.embed_tokens.weight
+        up[:3], embedding[5] = 2e-9, 1e-5  # no scale of float16; one that is subnormal, as the values are
+        up[7, :3] = torch.tensor([1e-8, 2e-5, -3e-5])  # beside others of the usual size
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "ours")
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--to", "gguf", "--type", kind, "--json"]
+    assert main(command) == 0
+    report = json.loads(capfd.readouterr().out)
+    if underflowed is None:
+        assert report["precision"] is None and not report["notes"]
+        return
+    matrices = [parameter.numel() for parameter in model.parameters() if parameter.dim() == 2]
+    counts = {"matrices": len(matrices), "values": sum(matrices), "underflowed": underflowed, "subnormal": subnormal}
+    assert report["precision"] == {"dtype": kind, **counts}
+    assert report["notes"] == [f"23 floating matrices are rounded (embed_tokens: to {kind})"]
+    written = values(read(tmp_path / "out")["blk.1.ffn_up.weight"])
+    assert not written[:3].any() and (written != 0).sum() > 0.5 * written.numel()
 
 
 def test_the_command(tmp_path, capfd):
