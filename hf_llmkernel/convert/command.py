@@ -55,13 +55,20 @@ def export(
         ),
     ] = None,
     embedding_type: Annotated[str | None, typer.Option(help="The same for embedding and head alone.")] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="To llama, mistral, qwen2 or qwen3: floating weights of what is integer, sparse or low-rank.",
+        ),
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of one file, such as 5GB or 500MB.")] = "5GB",
 ) -> dict[str, Any]:
     """Export an LLMKernel checkpoint to a format of other tools, bit-equal, where its shapes and forms allow."""
     from .outgoing import export_checkpoint
 
     shard_bytes = parse_size(max_shard_size)
-    return export_checkpoint(model, output, to, shard_bytes, True, dtype, type, embedding_type).to_dict()
+    return export_checkpoint(model, output, to, shard_bytes, True, dtype, type, embedding_type, dequantize).to_dict()
 
 
 def render_convert(result: dict[str, Any]) -> str:

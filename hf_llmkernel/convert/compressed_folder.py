@@ -6,9 +6,7 @@ Shapes: O out_features, I in_features, G groups of columns.
 """
 
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from ..model.configuration_llm_kernel import ATTENTION_LINEARS, MLP_LINEARS, LLM
 from ..model.linear_llm_kernel import INT4_OFFSET, pack_nibbles
 from . import compressed_tensors as ct
 from .conversion import DTYPES, Conversion, count_parameters
-from .derived import Derived, DerivedTensors
+from .derived import Derived, DerivedTensors, one
 from .families import describe_form, describe_stored, nearest_family, obstacles, refuse_obstacles, to_stock
 from .matrices import Matrix, matrices
 from .names import HEADS, Plan, canonical, tensors_of
@@ -54,7 +52,7 @@ def export_compressed(export: Export) -> Conversion:
     made, tied = tensors_of(model_class, stock)
     names = {canonical(name).removesuffix(".weight"): name.removesuffix(".weight") for name in made}
     schemes = {names[matrix.path]: ct.Scheme.of_form(matrix.form, matrix.shape[1]) for matrix in integers}
-    entries = _entries(own, made, names, dtype)
+    entries = _entries(own, made, names)
     stock.quantization_config = ct.quantization_config(schemes, _floating_linears(made, tied, schemes))
     plan = Plan({name: name for name in entries}, own.plan.dropped)
     parameters = count_parameters(own.reader, own.plan, config)
@@ -69,9 +67,7 @@ def common_dtype(config: LLMKernelConfig, integers: list[Matrix]) -> torch.dtype
     return scales.pop()
 
 
-def _entries(
-    own: OwnCheckpoint, made: dict[str, torch.Tensor], names: dict[str, str], dtype: torch.dtype
-) -> dict[str, Derived]:
+def _entries(own: OwnCheckpoint, made: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, Derived]:
     """What is written, in the order of the stock class's own tensors."""
     by_name = {f"{names[matrix.path]}.weight": matrix for matrix in matrices(own.config)}
     entries: dict[str, Derived] = {}
@@ -84,13 +80,13 @@ def _entries(
         elif ct.stays_integer(matrix):
             entries |= _packed_entries(own, matrix, name.removesuffix("weight"))
         else:
-            read = partial(_one, partial(own.weight, matrix, dtype))
-            entries[name] = Derived(matrix.shape, dtype, _file(own, matrix), read)
+            read = partial(own.row_blocks, matrix)
+            entries[name] = Derived(matrix.shape, torch.float32, own.file(matrix), read)
     return entries
 
 
 def _packed_entries(own: OwnCheckpoint, matrix: Matrix, prefix: str) -> dict[str, Derived]:
-    form, shape, file = matrix.form, matrix.shape, _file(own, matrix)
+    form, shape, file = matrix.form, matrix.shape, own.file(matrix)
     reads = {
         ct.PACKED: lambda: ct.pack_codes(own.stored(matrix), form, shape[1]),
         ct.SCALE: lambda: own.stored(matrix, ["scales"])["scales"],
@@ -98,17 +94,9 @@ def _packed_entries(own: OwnCheckpoint, matrix: Matrix, prefix: str) -> dict[str
         ct.SHAPE: lambda: torch.tensor(shape),
     }
     return {
-        f"{prefix}{name}": Derived(size, kind or DTYPES[form.scale_dtype], file, partial(_one, reads[name]))
+        f"{prefix}{name}": Derived(size, kind or DTYPES[form.scale_dtype], file, partial(one, reads[name]))
         for name, (size, kind) in ct.Scheme.of_form(form, shape[1]).tensors(shape).items()
     }
-
-
-def _one(read: Callable[[], torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield read()
-
-
-def _file(own: OwnCheckpoint, matrix: Matrix) -> Path:
-    return own.reader.file(own.keys[f"{matrix.path}.{next(iter(matrix.form.stored_tensors(*matrix.shape)))}"])
 
 
 def _floating_linears(made: dict[str, torch.Tensor], tied: dict[str, str], schemes: dict[str, ct.Scheme]) -> list[str]:
@@ -214,14 +202,14 @@ def _open_matrix(
     matrix = Matrix(canonical(f"{stem}.weight").removesuffix(".weight"), stem, form, shape)
     if not keep:
         read = partial(_floating, reader, stem, scheme, shape)
-        return {f"{stem}.weight": Derived(shape, dtype, file, partial(_one, read))}, matrix
+        return {f"{stem}.weight": Derived(shape, dtype, file, partial(one, read))}, matrix
     reads = {
         "values": lambda: _codes(reader, stem, scheme, shape),
         "scales": lambda: reader.tensor(f"{stem}.{ct.SCALE}"),
         "zero_points": lambda: ct.unpack_zero_points(reader.tensor(f"{stem}.{ct.ZERO_POINT}"), scheme, shape[0]),
     }
     return {
-        f"{stem}.{name}": Derived(size, getattr(torch, str(kind)), file, partial(_one, reads[name]))
+        f"{stem}.{name}": Derived(size, getattr(torch, str(kind)), file, partial(one, reads[name]))
         for name, (size, kind) in form.stored_tensors(*shape).items()
     }, matrix
 

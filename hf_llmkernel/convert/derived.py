@@ -41,3 +41,8 @@ class DerivedTensors:
 
     def blocks(self, key: str) -> Iterator[torch.Tensor]:
         return self._entries[key].read()
+
+
+def one(read: Callable[[], torch.Tensor]) -> Iterator[torch.Tensor]:
+    """A tensor that is read whole, as its pieces."""
+    yield read()

@@ -1,6 +1,7 @@
 """This family's checkpoints out: as a stock Llama, Mistral, Qwen2 or Qwen3, dense or with packed integers, or as GGUF.
 
-What came in goes out bit-equal. What a target cannot express is refused by name, before any work.
+What came in goes out bit-equal, unless it is to be dequantized. What a target cannot express is refused by name, before
+any work.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def export_checkpoint(
     dtype: str | torch.dtype | None = None,
     type: str | None = None,
     embedding_type: str | None = None,
+    dequantize: bool = False,
 ) -> Conversion:
     """Writes a checkpoint of this family in a format that other tools know.
 
@@ -54,6 +56,8 @@ def export_checkpoint(
             grid of this type keep their codes, others are dequantized and rounded to it. By default every matrix has
             the type of its own form.
         embedding_type: the same for embedding and head alone.
+        dequantize: of a stock architecture: write what is stored otherwise as floating weights, integers dequantized,
+            sparse matrices with their zeros, low ranks multiplied out. By default that is refused.
 
     Raises:
         ValueError: bad input, or what stands in the way: layer, and form or field, and the remedy.
@@ -62,11 +66,13 @@ def export_checkpoint(
     if to not in EXPORTERS:
         raise ValueError(f"to={to!r}: is not one of {list(EXPORTERS)}; choose one of these.")
     _check_types(to, dtype, {"type": type, "embedding_type": embedding_type})
+    if dequantize and to not in FAMILIES:
+        raise ValueError(f"dequantize: is of {list(FAMILIES)}, and to={to}; leave it out, or export to one of these.")
     output = Path(output_dir).expanduser()
     check_output(output)
     folder, kind = Path(model_dir).expanduser(), check_dtype(dtype)
     check_companions(folder)
-    return EXPORTERS[to](Export(folder, output, to, shard_bytes, progress, kind, type, embedding_type))
+    return EXPORTERS[to](Export(folder, output, to, shard_bytes, progress, kind, type, embedding_type, dequantize))
 
 
 def _check_types(to: str, dtype: str | torch.dtype | None, types: dict[str, str | None]) -> None:

@@ -3,7 +3,7 @@
 Shapes: O out_features, I in_features, G groups of columns.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,20 @@ import torch
 
 from ..checkpoint import CheckpointReader
 from ..checkpoint.bitsandbytes import BitsAndBytes
+from ..checkpoint.model_folder import in_fp32
 from ..checkpoint.precision import check_products
+from ..checkpoint.reader import BLOCK_BYTES
 from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
-from ..model.linear_llm_kernel import INT4_OFFSET, check_mask, expand_groups, unpack_mask, unpack_nibbles, unpack_weight
+from ..model.linear_llm_kernel import (
+    INT4_OFFSET,
+    check_mask,
+    expand_groups,
+    row_starts,
+    unpack_mask,
+    unpack_nibbles,
+    unpack_rows,
+)
 from .families import CONFIG_ERRORS, one_line
 from .matrices import Matrix, matrices
 from .names import HEADS, canonical, head_of, plan_copies, tensors_of
@@ -42,6 +52,12 @@ class OwnCheckpoint:
         self.plan = plan_copies(self.reader, *tensors_of(model_class, config), False, where)
         self.keys = {canonical(name): key for name, key in self.plan.copies.items()}  # by the name without prefix
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is floating."""
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else self.reader.dtype(self.keys["norm.weight"])
+
     def stored(self, matrix: Matrix, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """The stored tensors of a matrix by suffix, by default all but the bias.
 
@@ -66,17 +82,51 @@ class OwnCheckpoint:
 
     def check_products(self, dtype: torch.dtype) -> None:
         """Raises `ValueError` where a matrix that is not dense stands for values that a dtype does not hold."""
-        for matrix in matrices(self.config):
-            if f"{matrix.path}.{next(iter(matrix.form.stored_tensors(*matrix.shape)))}" not in self.keys:
-                continue  # the head of another class than this one
+        for matrix in self.computed():
             check_products(matrix.label, matrix.form, matrix.shape, dtype, partial(self._tensor, matrix))
+
+    def computed(self) -> list[Matrix]:
+        """Its matrices that are not dense."""
+        found = (matrix for matrix in matrices(self.config) if not matrix.form.is_dense)
+        return [matrix for matrix in found if self._first_name(matrix) in self.keys]  # the head may be another class's
+
+    def file(self, matrix: Matrix) -> Path:
+        """The file that holds a matrix."""
+        return self.reader.file(self.keys[self._first_name(matrix)])
+
+    def _first_name(self, matrix: Matrix) -> str:
+        return f"{matrix.path}.{next(iter(matrix.form.stored_tensors(*matrix.shape)))}"
 
     def _tensor(self, matrix: Matrix, suffix: str) -> torch.Tensor:
         return self.reader.tensor(self.keys[f"{matrix.path}.{suffix}"])
 
+    def row_blocks(self, matrix: Matrix) -> Iterator[torch.Tensor]:
+        """Its dense weight in fp32, some rows `[n, I]` at a time."""
+        yield from _row_blocks(in_fp32(self.stored(matrix)), matrix.form, *matrix.shape)
+
     def weight(self, matrix: Matrix, dtype: torch.dtype) -> torch.Tensor:
-        """Its dense weight `[O, I]`."""
-        return unpack_weight(self.stored(matrix), matrix.form, matrix.shape[1], dtype).to(dtype)
+        """Its dense weight `[O, I]`, computed in fp32."""
+        return torch.cat([rows.to(dtype) for rows in self.row_blocks(matrix)])
+
+
+def _row_blocks(
+    stored: dict[str, torch.Tensor], form: LinearForm, rows: int, in_features: int
+) -> Iterator[torch.Tensor]:
+    """Rows `[n, I]` of what a matrix stands for, in fp32."""
+    if form.rank is not None:
+        (a, b), parts = form.factors, {"a": {}, "b": {}}
+        for name, tensor in stored.items():
+            parts[name[0]][name[2:]] = tensor
+        first = torch.cat(list(_row_blocks(parts["a"], a, form.rank, in_features)))
+        yield from (piece @ first for piece in _row_blocks(parts["b"], b, rows, form.rank))
+        return
+    step = max(BLOCK_BYTES // (4 * in_features), 1)
+    if form.is_dense:
+        yield from stored["weight"].split(step)
+        return
+    starts = row_starts(stored["mask"]) if form.sparsity == "bitmask" else None
+    for chosen in torch.arange(rows).split(step):
+        yield unpack_rows(stored, form, in_features, torch.float32, chosen, starts)
 
 
 def read_own_config(folder: Path) -> LLMKernelConfig:

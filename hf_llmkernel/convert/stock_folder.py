@@ -2,17 +2,22 @@
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 
-from ..checkpoint import CheckpointReader, output_folder
+from ..checkpoint import output_folder
 from .conversion import Conversion, count_values, write_tensors
-from .families import Family, obstacles, refuse_obstacles, to_stock, unfit_unless_dense
-from .names import HEADS, Plan, Tensors, head_of, plan_copies, tensors_of
-from .own_checkpoint import read_own_config
+from .derived import Derived, DerivedTensors
+from .families import Family, describe_stored, obstacles, refuse_obstacles, to_stock, unfit_unless_dense
+from .matrices import Matrix
+from .names import HEADS, Plan, Tensors, canonical, tensors_of
+from .own_checkpoint import OwnCheckpoint, read_own_config
 from .source import copy_companions, has_tokenizer
+
+DEQUANTIZE = "pass dequantize (--dequantize) to write what it stands for as floating weights"
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,56 @@ class Export:
     dtype: torch.dtype | None = None
     type: str | None = None
     embedding_type: str | None = None
+    dequantize: bool = False
 
 
 def export_stock(family: Family, export: Export) -> Conversion:
-    """Writes a folder that a family's stock class loads; every linear must be dense."""
+    """Writes a folder that a family's stock class loads; what is not dense is made so where that was asked for."""
     started = time.monotonic()
     config = read_own_config(export.folder)
     remedy = "export a checkpoint without it, or to a family that has it"
-    refuse_obstacles(list(obstacles(config, family, unfit_unless_dense)), export.to, remedy)
+    refuse_obstacles(list(obstacles(config, family, unfit=lambda _: None)), export.to, remedy)
+    if not export.dequantize:
+        refuse_obstacles(list(obstacles(config, family, unfit_unless_dense)), export.to, DEQUANTIZE)
+    own = OwnCheckpoint(export.folder, config)
     stock = to_stock(config, family)
-    where = str(export.folder / "config.json")
-    tensors = CheckpointReader(export.folder)
-    head = head_of(config.architectures, "LLMKernel", tensors.keys(), where)
-    model_class = getattr(transformers, family.prefix + HEADS[head].suffix)
+    model_class = getattr(transformers, family.prefix + HEADS[own.head].suffix)
     stock.architectures = [model_class.__name__]
-    stock.dtype = export.dtype or stock.dtype
-    plan = plan_copies(tensors, *tensors_of(model_class, stock), False, where)
-    parameters = sum(count_values(tensors, key) for key in plan.copies.values())
-    return write_stock(export, stock, tensors, plan, export.dtype, parameters, started)
+    computed = own.computed()
+    dtype = export.dtype or (own.dtype if computed else None)
+    stock.dtype = dtype or stock.dtype
+    entries = _dense_entries(own, tensors_of(model_class, stock)[0])
+    tensors, plan = DerivedTensors(entries), Plan({name: name for name in entries}, own.plan.dropped)
+    parameters = sum(count_values(tensors, name) for name in entries)
+    return write_stock(export, stock, tensors, plan, dtype, parameters, started, _notes(computed))
+
+
+def _dense_entries(own: OwnCheckpoint, made: dict[str, torch.Tensor]) -> dict[str, Derived]:
+    """The tensors of a stock class: those of a checkpoint, and in fp32 what others stand for, some rows at a time."""
+    computed = {matrix.path: matrix for matrix in own.computed()}
+    entries = {}
+    for name in made:
+        path, _, suffix = canonical(name).rpartition(".")
+        matrix = computed.get(path)
+        if matrix is not None and suffix == "weight":
+            read = partial(own.row_blocks, matrix)
+            entries[name] = Derived(matrix.shape, torch.float32, own.file(matrix), read)
+            continue
+        factor = "b." if matrix is not None and matrix.form.rank is not None else ""
+        key, reader = own.keys[f"{path}.{factor}{suffix}"], own.reader
+        entries[name] = Derived(reader.shape(key), reader.dtype(key), reader.file(key), partial(reader.blocks, key))
+    return entries
+
+
+def _notes(computed: list[Matrix]) -> list[str]:
+    """What was made of matrices that are not dense, one note a kind."""
+    kinds = {
+        "matrices of integers are dequantized": [matrix for matrix in computed if matrix.form.bits < 16],
+        "sparse matrices are stored with their zeros": [matrix for matrix in computed if matrix.form.sparsity],
+        "low-rank matrices are multiplied out": [matrix for matrix in computed if matrix.form.rank],
+    }
+    counted = [(len(found), done, found[0]) for done, found in kinds.items() if found]
+    return [f"{count} {done} ({first.label}: {describe_stored(first.form)})" for count, done, first in counted]
 
 
 def write_stock(

@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM
+from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM, kernels
 from hf_llmkernel.checkpoint import CheckpointReader
 from hf_llmkernel.cli import main
 from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
@@ -105,7 +105,7 @@ OBSTACLES: dict[str, tuple[dict[str, Any], str, str]] = {
     "one layer's rank": (
         {"per_layer_config": {1: {"linear_forms": {"down_proj": LOW_RANK}}}},
         "llama",
-        r"layer 1, down_proj: is stored low-rank \(rank 8\); export a checkpoint without it",
+        r"layer 1, down_proj: is stored low-rank \(rank 8\); pass dequantize \(--dequantize\) to write",
     ),
     "sparse integers": (
         {"per_layer_config": {2: {"linear_forms": {"q_proj": SPARSE}}}},
@@ -160,6 +160,119 @@ def test_obstacles_are_named(tmp_path, obstacle):
         export_checkpoint(tmp_path / "ours", tmp_path / "out", to=family)
     assert "\n" not in str(raised.value)
     assert hashes(tmp_path) == before
+
+
+INT4 = {"bits": 4, "group_size": 16, "symmetric": False}
+RANKS = {"rank": 8, "b": INT4}
+STAND_FOR: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "integers": (
+        "llama",
+        {"linear_forms": {"up_proj": INT8, "q_proj": {**INT4, "zero_point_dtype": "float16"}}, "mlp_bias": True},
+        ["6 matrices of integers are dequantized (layer 0, q_proj: int4, groups of 16, zero points of float16)"],
+    ),
+    "integers, tied": (
+        "qwen3",
+        {"embed_tokens_form": INT4, "tie_word_embeddings": True, "qk_norm": True},
+        ["1 matrices of integers are dequantized (embed_tokens: int4, groups of 16, zero points of uint8)"],
+    ),
+    "integers of a head": (
+        "mistral",
+        {"lm_head_form": INT8, "sliding_window": 7},
+        ["1 matrices of integers are dequantized (lm_head: int8, groups of 16)"],
+    ),
+    "sparse": (
+        "mistral",
+        {"linear_forms": {"up_proj": {"sparsity": "2:4"}, "o_proj": {"sparsity": "bitmask", "nnz": 999, "bits": 8}}},
+        [
+            "3 matrices of integers are dequantized (layer 0, o_proj: sparse (bitmask) int8, one scale a row)",
+            "6 sparse matrices are stored with their zeros (layer 0, o_proj: sparse (bitmask) int8, one scale a row)",
+        ],
+    ),
+    "low-rank": (
+        "qwen2",
+        {"per_layer_config": {1: {"linear_forms": {"q_proj": {"rank": 8}, "down_proj": RANKS}}},
+         "attention_bias": True, "attention_out_bias": False},
+        ["2 low-rank matrices are multiplied out (layer 1, q_proj: low-rank (rank 8))"],
+    ),
+}  # fmt: skip
+
+
+def save_compressed(folder: Path, **changes: Any) -> LLMKernelForCausalLM:
+    """A random model whose biases and zero points matter."""
+    torch.manual_seed(0)
+    model = LLMKernelForCausalLM(LLMKernelConfig(**{**BASE, **changes})).eval()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("zero_points"):
+                tensor.copy_(torch.randint(4, 12, tensor.shape) + (0.25 if tensor.is_floating_point() else 0))
+            elif name.endswith("bias") or "norm" in name:
+                tensor.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    return model.to(model.config.dtype or torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", STAND_FOR)
+def test_what_forms_stand_for_goes_out_as_floating_weights(tmp_path, monkeypatch, case, dtype):
+    monkeypatch.setattr("hf_llmkernel.convert.own_checkpoint.BLOCK_BYTES", 1000)  # five rows at a time
+    family, changes, notes = STAND_FOR[case]
+    model = save_compressed(tmp_path / "ours", **changes, dtype=dtype)
+    model.save_pretrained(tmp_path / "ours")
+    report = export_checkpoint(tmp_path / "ours", tmp_path / "out", to=family, dequantize=True)
+    assert (report.dtype, report.notes) == (dtype, notes)
+    stock, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert type(stock).__name__ == f"{PREFIXES[family]}ForCausalLM" and not loading["missing_keys"]
+    assert report.parameters == sum(parameter.numel() for parameter in stock.parameters())
+    ids, mask = padded_batch("left")
+    with torch.no_grad(), kernels.disabled():
+        ours, theirs = (m(ids, attention_mask=mask).logits.float()[mask.bool()] for m in (model, stock.eval()))
+    difference, spread = ours - theirs, ours.std()
+    assert difference.abs().max() <= 1e-4 if dtype == "float32" else difference.std() <= 0.02 * spread
+    assert spread > 0.1
+
+
+def test_zeros_stay_and_the_rest_goes_out_bit_equal(tmp_path):
+    changes = {"linear_forms": {"up_proj": SPARSE}, "mlp_bias": True}
+    model = save_compressed(tmp_path / "ours", **changes, dtype="bfloat16")
+    model.save_pretrained(tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "out", to="llama", dequantize=True)
+    ours, out = CheckpointReader(tmp_path / "ours"), CheckpointReader(tmp_path / "out")
+    for name in out:
+        if name.endswith("up_proj.weight"):
+            weight, expected = out.tensor(name), model.get_submodule(name.removesuffix(".weight")).dense_weight()
+            assert torch.equal(weight, expected) and (weight.view(-1, 4) == 0).sum(-1).min() >= 2
+        else:
+            assert torch.equal(out.tensor(name), ours.tensor(name)), name
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_only_forms_are_dequantized(tmp_path, obstacle):
+    changes, family, message = OBSTACLES[obstacle]
+    save_ours(tmp_path / "ours", **changes)
+    if "is stored" in message:
+        export_checkpoint(tmp_path / "ours", tmp_path / "out", to=family, dequantize=True)
+        return
+    with pytest.raises(ValueError, match=rf"^to={family}: {message}"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "out", to=family, dequantize=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_form_stands_for_beyond_the_dtype(tmp_path):
+    model = save_ours(tmp_path / "ours", linear_forms={"up_proj": {**INT8, "scale_dtype": "float32"}})
+    model.model.layers[2].mlp.up_proj.scales[3, 1] = 3e4
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"^dtype=float16: model\.layers\.2\.mlp\.up_proj\.weight .* beyond its"):
+        export_checkpoint(tmp_path / "ours", tmp_path / "out", to="llama", dequantize=True, dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "gguf"])
+def test_other_formats_have_their_own_ways(tmp_path, capfd, to):
+    save_ours(tmp_path / "ours", linear_forms={"up_proj": INT8})
+    command = ["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--dequantize", "--to"]
+    assert main([*command, to]) == 2
+    assert f"error: dequantize: is of ['llama', 'mistral', 'qwen2', 'qwen3'], and to={to};" in capfd.readouterr().err
+    assert main([*command, "llama"]) == 0
+    assert "Note: 3 matrices of integers are dequantized (layer 0, up_proj: int8" in capfd.readouterr().out
 
 
 def test_heads_that_llama_alone_refuses(tmp_path):
