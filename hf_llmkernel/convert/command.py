@@ -28,7 +28,7 @@ def convert(
         typer.Option(
             "--keep-integers/--dequantize",
             help="Of a quantized source, keep the integers or make floating weights; default: keep those of a "
-            "compressed-tensors folder, dequantize a GGUF file.",
+            "compressed-tensors folder, dequantize a GGUF file. --dequantize takes folders of this family too.",
         ),
     ] = None,
 ) -> dict[str, Any]:

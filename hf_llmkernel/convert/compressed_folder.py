@@ -74,9 +74,7 @@ def _entries(own: OwnCheckpoint, made: dict[str, torch.Tensor], names: dict[str,
     for name in made:
         matrix = by_name.get(name)
         if matrix is None or matrix.form.is_dense:
-            key = own.keys[canonical(name)]
-            read = partial(own.reader.blocks, key)
-            entries[name] = Derived(own.reader.shape(key), own.reader.dtype(key), own.reader.file(key), read)
+            entries[name] = own.entry(canonical(name))
         elif ct.stays_integer(matrix):
             entries |= _packed_entries(own, matrix, name.removesuffix("weight"))
         else:

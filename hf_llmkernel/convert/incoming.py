@@ -38,6 +38,7 @@ from .names import (
     tensors_of,
     whole_tensor,
 )
+from .own_dequantized import dequantize_own
 from .source import (
     Source,
     check_companions,
@@ -79,7 +80,8 @@ def convert_checkpoint(
         keep_integers: of a quantized source, keep the codes in this family's integer forms, bit-equal, or dequantize
             them. By default those of a compressed-tensors folder are kept, for it is made from a floating checkpoint
             that can be had instead; a GGUF file is often the only one, and what compresses and trains starts from
-            floating weights, so it is dequantized.
+            floating weights, so it is dequantized. `False` makes floating weights of this family's own integers too:
+            masks, ranks and whatever layers have of their own stay, and the result trains.
 
     Raises:
         ValueError: bad input, naming the file, key or field and the remedy.
@@ -88,6 +90,8 @@ def convert_checkpoint(
     started = time.monotonic()
     output_dir = Path(output_dir).expanduser()
     check_output(output_dir)
+    if keep_integers is False and (folder := _own_folder(source, gguf_file, revision, head, untie)):
+        return dequantize_own(folder, output_dir, check_dtype(dtype), shard_bytes, progress)
     job = _prepare(source, head, dtype, gguf_file, revision, untie, keep_integers)
     with output_folder(output_dir) as folder:
         files, precision = write_tensors(job.tensors, job.plan, folder, job.cast, shard_bytes, progress, "converting")
@@ -109,6 +113,23 @@ def convert_checkpoint(
         precision=precision,
         seconds=round(time.monotonic() - started, 2),
     )
+
+
+def _own_folder(
+    source: str | Path, gguf_file: str | None, revision: str | None, head: str | None, untie: bool
+) -> Path | None:
+    """The folder of a source of this family, else `None`. Raises `ValueError` for options of other families' sources."""
+    found = locate_source(source, gguf_file, revision)
+    if found.gguf is not None:
+        return None
+    where = found.folder / "config.json"
+    if read_config_fields(where).get("model_type") != LLMKernelConfig.model_type:
+        return None
+    for name, value in (("head", head), ("untie", untie or None)):
+        if value is not None:
+            raise ValueError(f"{name}={value}: {where} is of this family already; leave it out.")
+    check_companions(found.folder)
+    return found.folder
 
 
 def converted_config(source: str | Path) -> tuple[LLMKernelConfig, bool]:

@@ -25,6 +25,7 @@ from ..model.linear_llm_kernel import (
     unpack_nibbles,
     unpack_rows,
 )
+from .derived import Derived
 from .families import CONFIG_ERRORS, one_line
 from .matrices import Matrix, matrices
 from .names import HEADS, canonical, head_of, plan_copies, tensors_of
@@ -99,6 +100,11 @@ class OwnCheckpoint:
 
     def _tensor(self, matrix: Matrix, suffix: str) -> torch.Tensor:
         return self.reader.tensor(self.keys[f"{matrix.path}.{suffix}"])
+
+    def entry(self, name: str) -> Derived:
+        """A tensor as it is stored, by its name without the prefix of the body."""
+        key, reader = self.keys[name], self.reader
+        return Derived(reader.shape(key), reader.dtype(key), reader.file(key), partial(reader.blocks, key))
 
     def row_blocks(self, matrix: Matrix) -> Iterator[torch.Tensor]:
         """Its dense weight in fp32, some rows `[n, I]` at a time."""

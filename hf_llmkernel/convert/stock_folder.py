@@ -68,8 +68,7 @@ def _dense_entries(own: OwnCheckpoint, made: dict[str, torch.Tensor]) -> dict[st
             entries[name] = Derived(matrix.shape, torch.float32, own.file(matrix), read)
             continue
         factor = "b." if matrix is not None and matrix.form.rank is not None else ""
-        key, reader = own.keys[f"{path}.{factor}{suffix}"], own.reader
-        entries[name] = Derived(reader.shape(key), reader.dtype(key), reader.file(key), partial(reader.blocks, key))
+        entries[name] = own.entry(f"{path}.{factor}{suffix}")
     return entries
 
 

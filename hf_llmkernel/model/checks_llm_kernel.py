@@ -185,7 +185,8 @@ def refuse_fixed_integers(model: nn.Module):
         if isinstance(module, PackedWeight) and module.form.bits < 16:
             raise ValueError(
                 f"{name}: stores integers, which do not train, while the weights around it would; attach adapters "
-                "(peft), or freeze the body with `model.base_model.requires_grad_(False)` to train a head alone."
+                "(peft), train what `llmkernel convert MODEL OUTPUT --dequantize` writes, or freeze the body with "
+                "`model.base_model.requires_grad_(False)` to train a head alone."
             )
 
 
@@ -417,11 +418,24 @@ def guard_four_bit(model: nn.Module) -> None:
             )
 
 
-def packed_names(config: LLMKernelConfig) -> list[str]:
-    """Names of the linears and embeddings that a configuration stores sparse or integer, factors included."""
+def refuse_own_integers(config: LLMKernelConfig) -> None:
+    """Raises `ValueError` where a quantizer is asked to dequantize what this family stores, which it knows nothing of."""
+    if not (packed := packed_names(config)):
+        return
+    if integers := packed_names(config, integer=True):
+        raise ValueError(
+            f"dequantize: {integers[0]} stores integers of this family, which no quantizer undoes; `llmkernel convert "
+            "MODEL OUTPUT --dequantize` writes the checkpoint with floating weights in their place, which trains."
+        )
+    raise ValueError(f"dequantize: {packed[0]} is stored sparse, and floating; it trains as it is, leave the call out.")
+
+
+def packed_names(config: LLMKernelConfig, integer: bool = False) -> list[str]:
+    """Names of the linears and embeddings that a configuration stores sparse or integer, or `integer`, by factors too."""
 
     def is_packed(form: LinearForm) -> bool:
-        return form.is_packed or (form.rank is not None and any(factor.is_packed for factor in form.factors))
+        parts = [form] if form.rank is None else form.factors
+        return any(part.bits < 16 if integer else part.is_packed for part in parts)
 
     top = {"embed_tokens": config.embed_tokens_form, "lm_head": config.lm_head_form}
     names = [name for name, form in top.items() if is_packed(LinearForm.from_dict(form))]

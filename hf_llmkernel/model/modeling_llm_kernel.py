@@ -499,11 +499,7 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
     def dequantize(self, dtype=None):
         if getattr(self, "hf_quantizer", None) is not None and not quantized_linears(self):
             raise ValueError("dequantize: no linear of this model is quantized; leave the call out.")
-        if packed := packed_names(self.config):
-            raise ValueError(
-                f"dequantize: {packed[0]} is stored in a form of this family, which no quantizer undoes; use it as it "
-                "is, or load the floating checkpoint that it was made of."
-            )
+        refuse_own_integers(self.config)
         # The library takes the configuration's, which is no dtype but its name once the model has been saved.
         return super().dequantize(self.dtype if dtype is None else dtype)
 

@@ -525,8 +525,15 @@ def test_relu_without_a_gate_is_two_linears():
     assert LinearForm() == LinearForm.from_dict(model.config.linear_forms.get("up_proj"))
 
 
-def test_forms_of_the_family_are_not_dequantized():
-    form = {name: INT8 for name in ("q_proj", "down_proj")}
-    model = LLMKernelForCausalLM(LLMKernelConfig(**SMALL, linear_forms=form))
-    with pytest.raises(ValueError, match=r"dequantize: layers.0.self_attn.q_proj|dequantize: layers.0.q_proj"):
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        ({"o_proj": SPARSE, "q_proj": INT8}, r"layers.0.q_proj stores integers .*`llmkernel convert MODEL OUTPUT --deq"),
+        ({"o_proj": SPARSE, "down_proj": {"rank": 8, "b": INT8}}, r"layers.0.down_proj stores integers"),
+        ({"o_proj": SPARSE}, r"layers.0.o_proj is stored sparse, and floating; it trains as it is"),
+    ],
+)
+def test_forms_of_the_family_are_not_dequantized(forms, message):
+    model = LLMKernelForCausalLM(LLMKernelConfig(**SMALL, linear_forms=forms))
+    with pytest.raises(ValueError, match=f"^dequantize: {message}"):
         model.dequantize()
