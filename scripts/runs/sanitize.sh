@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer: their tests, then fuzzed shapes. Before that
-# their threads under ThreadSanitizer.
+# The native kernels under ThreadSanitizer, their tests too, with four threads; then under AddressSanitizer and
+# UndefinedBehaviorSanitizer: their tests, and fuzzed shapes.
 #
 #   bash scripts/runs/sanitize.sh [SECONDS]
 #
@@ -17,11 +17,25 @@ export PYTHONPATH="$copy"
 g++ -std=c++17 -O1 -g -fsanitize=thread -I hf_llmkernel/kernels/native scripts/runs/pool_stress.cpp \
     hf_llmkernel/kernels/native/pool.cpp -pthread -o pool_stress
 ./pool_stress
-# Vectors are loaded from wherever they are, which the check of alignment takes for a fault.
-CXX=g++ CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined" \
-    "$PYTHON" -m hf_llmkernel.kernels.build
-export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
+
+# under LIBRARIES COMMAND…: runs a command with the libraries of sanitizers loaded first.
+under() {
+    local name paths=""
+    for name in $1 stdc++; do paths+="$(g++ -print-file-name="lib$name.so") "; done
+    LD_PRELOAD="$paths" "${@:2}"
+}
+
+# test_under LIBRARIES FLAGS: builds the kernels with these flags and runs their tests.
+test_under() {
+    CXX=g++ CXXFLAGS="-O1 -g $2" "$PYTHON" -m hf_llmkernel.kernels.build
+    # The tests left out compile or train; nothing of them is native.
+    under "$1" "$PYTHON" -m pytest tests/kernels -q -s -p no:cacheprovider \
+        -k "not test_build and not traced and not measurement"
+}
+
+export TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 history_size=4"
+LLMKERNEL_THREADS=4 OMP_NUM_THREADS=1 test_under tsan -fsanitize=thread
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-# The tests left out compile or train; nothing of them is native.
-"$PYTHON" -m pytest tests/kernels -q -s -p no:cacheprovider -k "not test_build and not traced and not measurement"
-"$PYTHON" scripts/runs/fuzz_kernels.py --seconds "${1:-60}"
+# Vectors are loaded from wherever they are, which the check of alignment takes for a fault.
+test_under "asan ubsan" "-fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=undefined"
+under "asan ubsan" "$PYTHON" scripts/runs/fuzz_kernels.py --seconds "${1:-60}"

@@ -498,7 +498,8 @@ def test_a_token_beyond_the_vocabulary_is_an_error():
         model(torch.tensor([[61]]), past_key_values=cache)
 
 
-def test_generate_leaves_torchs_threads_as_they_were():
+def test_generate_leaves_torchs_threads_as_they_were(monkeypatch):
+    monkeypatch.delenv("LLMKERNEL_THREADS", raising=False)
     model, before = random_model(), torch.get_num_threads()
     seen = []
     try:

@@ -71,7 +71,8 @@ void first_factors(Team& team, const Step& step, const Stage& stage, Source&& so
         inputs = InputSet(step.m, columns);
         for (int i = 0; i < stage.count; ++i)
             if (stage.middle[i] != nullptr) inputs.add(arena, stage.linear[i]->first);
-        inputs.fill(source(), columns, 0, step.m);
+        inputs.read(source(), columns);
+        inputs.fill(0, step.m);
     };
     const int64_t size = ceil_div(total, wanted_chunks(step));
     team.run(ceil_div(total, size), {}, prepare, [&](int64_t chunk) {
@@ -107,9 +108,11 @@ class LastInputs {
             }
             own_[i] = InputSet(step.m, linear.second.columns);
             own_[i].add(arena, linear.second);
-            own_[i].fill(stage.middle[i], linear.second.columns, 0, step.m);
+            own_[i].read(stage.middle[i], linear.second.columns);
+            own_[i].fill(0, step.m);
         }
-        if (any_shared) shared_.fill(source(), columns, 0, step.m);
+        if (any_shared) shared_.read(source(), columns);
+        shared_.fill(0, step.m);
         for (int i = 0; i < stage.count; ++i) {
             const llmk_linear& linear = *stage.linear[i];
             inputs_[i] = is_low_rank(linear) ? own_[i].of(linear.second) : shared_.of(linear.first);

@@ -69,10 +69,14 @@ class InputSet {
         inputs.sums = arena.take<int32_t>(all / kSegment);
     }
 
-    // Rows begin ... end of x [M, columns]; x stays where it is while matrices are multiplied.
-    void fill(const float* x, int64_t stride, int64_t begin, int64_t end) {
+    // Where x [M, columns] is, and stays while matrices are multiplied; it need not be written before `fill`.
+    void read(const float* x, int64_t stride) {
         floats_ = x;
         stride_ = stride;
+    }
+
+    // Rows begin ... end, for all matrices; other threads may fill others.
+    void fill(int64_t begin, int64_t end) const {
         for (int i = 0; i < count_; ++i)
             for (int64_t row = begin; row < end; ++row) fill_row(i, row);
     }
@@ -96,7 +100,7 @@ class InputSet {
         return nullptr;
     }
 
-    void fill_row(int i, int64_t row) {
+    void fill_row(int i, int64_t row) const {
         const Inputs& inputs = inputs_[i];
         const float* x = floats_ + row * stride_;
         const int64_t at = row * inputs.padded;

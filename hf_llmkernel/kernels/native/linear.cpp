@@ -27,10 +27,10 @@ int64_t out_features(const Call& call) {
     return call.linear.second.kind != LLMK_NONE ? call.linear.second.rows : call.linear.first.rows;
 }
 
-void fill_all(Team& team, InputSet& inputs, const float* x, int64_t columns, int64_t m) {
+void fill_all(Team& team, const InputSet& inputs, int64_t m) {
     const int64_t rows = larger(1, ceil_div(m, team.threads() * 4));
     team.run(ceil_div(m, rows), [&](int64_t chunk) {
-        inputs.fill(x, columns, chunk * rows, smaller((chunk + 1) * rows, m));
+        inputs.fill(chunk * rows, smaller((chunk + 1) * rows, m));
     });
 }
 
@@ -66,12 +66,16 @@ void apply_rows(const Call& call, const void* x, int32_t x_type, int threads) {
     float* middle = low_rank ? arena.take<float>(m * first.rows) : nullptr;
     InputSet outer(m, first.columns), inner(m, first.rows);
     outer.add(arena, first);
-    if (low_rank) inner.add(arena, second);
+    outer.read(floats, first.columns);
+    if (low_rank) {
+        inner.add(arena, second);
+        inner.read(middle, first.rows);
+    }
     run_team(threads, [&](Team& team) {
-        fill_all(team, outer, floats, first.columns, m);
+        fill_all(team, outer, m);
         multiply_all(team, first, outer.of(first), low_rank ? middle : y);
         if (low_rank) {
-            fill_all(team, inner, middle, first.rows, m);
+            fill_all(team, inner, m);
             multiply_all(team, second, inner.of(second), y);
         }
         team.run(m, [&](int64_t row) { finish_row(call, y, row); });
@@ -119,7 +123,7 @@ void apply_tiles(const Call& call, const void* x, int32_t x_type, int threads) {
 }
 
 void apply(const Call& call, const void* x, int32_t x_type, int threads) {
-    if (call.m >= kManyRows || !call.rounds_inputs) apply_tiles(call, x, x_type, threads);
+    if (call.m >= many_rows(call.linear.first) || !call.rounds_inputs) apply_tiles(call, x, x_type, threads);
     else apply_rows(call, x, x_type, threads);
 }
 
