@@ -16,7 +16,6 @@ namespace {
 
 constexpr int64_t kRunRows = 512;     // memory against how often weights are read
 constexpr int64_t kQueryTokens = 32;  // of a chunk of attention
-constexpr int64_t kFewRows = 8;       // that a decoding step takes faster
 
 // Linears that take the same rows: these as tiles, and what is between the factors of a low rank.
 struct Stage {
@@ -358,6 +357,13 @@ bool begins_integers(const Call& prompt) {
     return false;
 }
 
+// The most rows that a decoding step takes faster, by what the first layer is of.
+int64_t few_rows(const llmk_model& model) {
+    const llmk_layer& layer = model.layer[0];
+    const llmk_matrix& w = layer.feeds ? layer.up.first : layer.query.first;
+    return is_integer(w.kind) ? 16 : w.kind == LLMK_F32 ? 12 : 24;
+}
+
 void read_run(const Call& prompt, int64_t first, int64_t tokens) {
     static thread_local Arena arena, stage_arenas[2];
     const llmk_model& model = prompt.model;
@@ -389,7 +395,7 @@ LLMK_API const char* llmk_read(
     try {
         const Call prompt{*model, tokens, positions, batch, length, caches, mask, mask_stride, kept, logits, logits_type,
                           threads < 1 ? 1 : threads};
-        if (batch * length <= kFewRows && model->rounds_inputs != 0 && !begins_integers(prompt)) {
+        if (batch * length <= few_rows(*model) && model->rounds_inputs != 0 && !begins_integers(prompt)) {
             decode(prompt);
             return nullptr;
         }
