@@ -1,6 +1,7 @@
 """The table of paths: what it measures, keeps and decides, by times that a test gives; and that both paths agree."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -108,6 +109,19 @@ def test_both_products_are_of_the_same_matrix(level, kind):
 def test_a_measurement_takes_the_best_of_some_turns(level, cache):
     seconds = paths.measure(library.INT8, 256, 4)
     assert all(0 < each < 1 for each in seconds)
+
+
+@pytest.mark.parametrize(("held_up", "calls"), [(0, 6), (9, 9), (99, 31)])
+def test_torch_is_believed_after_many_turns(held_up, calls):
+    """A machine with much else to do holds up the kernels' threads, for a while."""
+    seen = []
+
+    def native() -> None:
+        seen.append(len(seen))
+        time.sleep(4e-3 if len(seen) < held_up else 5e-4)
+
+    seconds = paths._best_seconds(native, lambda: time.sleep(1e-3))
+    assert len(seen) == calls and (seconds[0] > MARGIN * seconds[1]) == (calls == 31)
 
 
 def test_a_model_goes_through_torch_where_that_is_faster(cache, monkeypatch, native_calls):
