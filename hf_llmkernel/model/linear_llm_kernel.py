@@ -48,7 +48,7 @@ except ImportError:
 
 
 def kernels_in_use():
-    """The native kernels where they serve, else `None`: a traced graph is torch's alone."""
+    """The native kernels where they serve, else `None`: what is traced has of them what was kept before, no more."""
     return None if KERNELS is None or torch.compiler.is_compiling() or not KERNELS.is_enabled() else KERNELS
 
 
@@ -492,15 +492,24 @@ class PackedLinear(PackedWeight, nn.Linear):
     """A linear `y = x Wᵀ + bias` over a packed weight."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        # What is compiled or exported is of torch's own operations.
-        kernels = kernels_in_use()
-        layout = self.kernel_layout() if kernels is not None and kernels.serves(input) else None
-        if layout is not None and kernels.takes(input, layout):
-            return kernels.linear(input, layout, self.bias)
+        if (layout := self._native_layout(input)) is not None:
+            return KERNELS.linear(input, layout, self.bias)
         needs_backward = input.requires_grad and torch.is_grad_enabled()  # which products on CUDA do not have
         if not needs_backward and (weight := self.cuda_layout(input.dtype)) is not None:
             return self._multiply(input, weight)
         return F.linear(input, self.dense_weight(input.dtype), self.bias)
+
+    def _native_layout(self, input: torch.Tensor):
+        """The weight as native kernels read it, where they take the product; `None` to torch's own operations.
+
+        A graph that is compiled has it where it was there before, an exported one never: it may run anywhere.
+        """
+        if torch.compiler.is_compiling():
+            layout = self._kept("kernels")
+            return layout if layout is not None and KERNELS.serves(input) else None
+        kernels = kernels_in_use()
+        layout = self.kernel_layout() if kernels is not None and kernels.serves(input) else None
+        return layout if layout is not None and kernels.takes(input, layout) else None
 
     def cuda_layout(self, dtype: torch.dtype) -> CudaWeight | None:
         """The weight as torch's products on CUDA read it, kept between calls in evaluation; `None` where none does.
@@ -533,7 +542,8 @@ class PackedLinear(PackedWeight, nn.Linear):
         return int4_weight(codes, self.form, self.scales, stored.get("zero_points"))
 
     def prepare(self) -> None:
-        """Keeps what a graph on CUDA, which is compiled after this, computes with."""
+        """Keeps what a graph that is compiled after this computes with."""
+        self.kernel_layout()
         if takes_layouts(self.values.device) and self.cuda_layout(self.compute_dtype) is None:
             self.dense_weight()
 

@@ -508,11 +508,18 @@ class LLMKernelPreTrainedModel(PreTrainedModel):
         return super().train(mode)
 
     def get_compiled_call(self, compile_config):
-        # Weights that were unpacked within the graph would be unpacked for every token.
+        self._prepare_linears()
+        return super().get_compiled_call(compile_config)
+
+    def compile(self, *args, **kwargs):
+        self._prepare_linears()
+        return super().compile(*args, **kwargs)
+
+    def _prepare_linears(self):
+        # Weights that were unpacked within a graph would be unpacked for every token.
         for module in self.modules():
             if isinstance(module, PackedLinear):
                 module.prepare()
-        return super().get_compiled_call(compile_config)
 
     def _expand_parallel_plan(self, plan):
         # A low-rank linear is split in its factors; its own entry is that of the dense linears of other layers.

@@ -30,7 +30,7 @@ test_under() {
     CXX=g++ CXXFLAGS="-O1 -g $2" "$PYTHON" -m hf_llmkernel.kernels.build
     # The tests left out compile or train; nothing of them is native.
     under "$1" "$PYTHON" -m pytest tests/kernels -q -s -p no:cacheprovider \
-        -k "not test_build and not traced and not measurement"
+        -k "not test_build and not compiled and not measurement"
 }
 
 export TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0 history_size=4"

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from hf_llmkernel import IntegerCache, LLMKernelConfig, LLMKernelForCausalLM
 from hf_llmkernel.kernels import disabled, library, step
 from hf_llmkernel.kernels.cache import RoomyLayer, RoomySlidingLayer
+from hf_llmkernel.model.linear_llm_kernel import PackedLinear
 
 SIZES = {
     "vocab_size": 61,
@@ -513,15 +514,43 @@ def test_generate_leaves_torchs_threads_as_they_were(monkeypatch):
     assert seen == [(1, 3), (1, 3), (1, 3)]
 
 
-def test_a_traced_graph_is_torchs_and_whole(native_calls):
-    """Dynamo meets nothing of the kernels, which it could not trace."""
-    model = random_model(**CONFIGS["int4"])
-    ids = prompt(1, 6)
-    model(ids, use_cache=True)  # leaves kernel layouts behind
+def operators_of(model, ids, **options):
+    """The operators of the graph that a compiled call traces, and its logits; a break of the graph is an error."""
+    names = []
+
+    def record(graph, _):
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch._dynamo.reset()
+    model.compile(backend=record, fullgraph=True)
+    with torch.no_grad():
+        return names, model(ids, **options).logits
+
+
+def test_a_compiled_graph_has_the_native_linears(native_calls):
+    """Dynamo meets nothing else of the kernels, which it could not trace."""
+    model, ids = random_model(**CONFIGS["int4"]), prompt(1, 6)
+    expected = model(ids, use_cache=False).logits
     native_calls.clear()
+    names, logits = operators_of(model.train().eval(), ids, use_cache=False)  # which forgets what the call has kept
+    assert torch.equal(logits, expected) and not native_calls
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert sum("llmkernel" in name for name in names) == len(packed) > 0
+
+
+def test_what_is_compiled_without_kernels_and_what_is_exported_is_torchs(native_calls):
+    model, ids = random_model(**CONFIGS["int4"]), prompt(1, 6)
     with disabled():
         expected = model(ids, use_cache=False).logits
-    graph = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad():
-        torch.testing.assert_close(graph(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
-    assert not native_calls
+        names, logits = operators_of(model, ids, use_cache=False)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert not any("llmkernel" in name for name in names) and not native_calls
+
+    linear = next(module for module in model.modules() if isinstance(module, PackedLinear))
+    linear.prepare()
+    x = torch.randn(3, linear.in_features)
+    exported = torch.export.export(linear, (x,))
+    assert not any("llmkernel" in str(node.target) for node in exported.graph.nodes)
+    with disabled():
+        torch.testing.assert_close(exported.module()(x), linear(x), rtol=1e-5, atol=1e-5)
