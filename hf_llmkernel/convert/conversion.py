@@ -14,7 +14,7 @@ from ..checkpoint import CheckpointWriter, check_disk_space, is_finite
 from ..checkpoint.precision import cast_values
 from ..model.configuration_llm_kernel import LLMKernelConfig
 from .matrices import matrices
-from .names import Plan, Tensors
+from .names import Plan, Tensors, canonical
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL_FILES_BYTES = 64 << 20  # what a tokenizer and the payload take at most
@@ -63,7 +63,9 @@ def count_values(tensors: Tensors, key: str) -> int:
 def count_parameters(tensors: Tensors, plan: Plan, config: LLMKernelConfig) -> int:
     """How many weights a plan writes, a packed matrix counted as the dense one that it stands for."""
     dense = (key for name, key in plan.copies.items() if name.rpartition(".")[2] not in PACKED_SUFFIXES)
-    packed = (math.prod(matrix.shape) for matrix in matrices(config) if matrix.form.is_packed)
+    parts = (part for matrix in matrices(config) for part in matrix.parts())
+    written = {canonical(name) for name in plan.copies}
+    packed = (math.prod(part.shape) for part in parts if f"{part.path}.values" in written)
     return sum(count_values(tensors, key) for key in dense) + sum(packed)
 
 

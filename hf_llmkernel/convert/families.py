@@ -97,7 +97,7 @@ FAMILIES = {
 def find_family(model_type: Any, where: str) -> Family:
     """The family of a `model_type`. Raises `ValueError` listing the known ones."""
     if model_type == LLMKernelConfig.model_type:
-        raise ValueError(f"{where}: is of this family already; use it as it is, export it, or --dequantize its integers.")
+        raise ValueError(f"{where}: is of this family already; use it as it is, export it, or pass --dequantize.")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{where}: model_type={model_type!r} is not supported; the known ones are {list(FAMILIES)}.")
     return FAMILIES[model_type]

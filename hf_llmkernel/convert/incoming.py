@@ -5,7 +5,7 @@ tensor at a time.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def convert_checkpoint(
     output_dir = Path(output_dir).expanduser()
     check_output(output_dir)
     if keep_integers is False and (folder := _own_folder(source, gguf_file, revision, head, untie)):
-        return dequantize_own(folder, output_dir, check_dtype(dtype), shard_bytes, progress)
+        made = dequantize_own(folder, output_dir, check_dtype(dtype), shard_bytes, progress)
+        return replace(made, source=str(source))
     job = _prepare(source, head, dtype, gguf_file, revision, untie, keep_integers)
     with output_folder(output_dir) as folder:
         files, precision = write_tensors(job.tensors, job.plan, folder, job.cast, shard_bytes, progress, "converting")
@@ -118,7 +119,7 @@ def convert_checkpoint(
 def _own_folder(
     source: str | Path, gguf_file: str | None, revision: str | None, head: str | None, untie: bool
 ) -> Path | None:
-    """The folder of a source of this family, else `None`. Raises `ValueError` for options of other families' sources."""
+    """The folder of a source of this family, else `None`. Raises `ValueError` for options of other families."""
     found = locate_source(source, gguf_file, revision)
     if found.gguf is not None:
         return None

@@ -25,6 +25,15 @@ class Matrix:
     form: LinearForm
     shape: tuple[int, int]
 
+    def parts(self) -> "list[Matrix]":
+        """The two factors of a low-rank matrix, or itself: what is dense, sparse or integer."""
+        rank = self.form.rank
+        if rank is None:
+            return [self]
+        shapes = (rank, self.shape[1]), (self.shape[0], rank)
+        named = zip("ab", self.form.factors, shapes, strict=True)
+        return [Matrix(f"{self.path}.{side}", f"{self.label}.{side}", form, shape) for side, form, shape in named]
+
 
 def matrices(config: LLMKernelConfig) -> Iterator[Matrix]:
     """All matrices of a causal model, those of sublayers left out excepted; a tied head is its embedding."""

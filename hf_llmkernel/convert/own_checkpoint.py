@@ -150,8 +150,8 @@ def read_own_config(folder: Path) -> LLMKernelConfig:
         raise ValueError(f"{path}: {one_line(error)}") from None
     if quantization := BitsAndBytes.of(config):
         raise ValueError(
-            f"{path}: the linears are stored as {quantization.words}, which no export has; export the checkpoint they "
-            "were made from, or load it, dequantize() and save it first."
+            f"{path}: the linears are stored as {quantization.words}, of which no tensor is read here; give the "
+            "checkpoint they were made from, or load it, dequantize() and save it first."
         )
     return config
 

@@ -5,6 +5,7 @@ do not train.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..model import modeling_llm_kernel
 from ..model.configuration_llm_kernel import LinearForm, LLMKernelConfig
 from ..model.linear_llm_kernel import unpack_mask
 from .conversion import Conversion, count_parameters, write_tensors
-from .derived import Derived, DerivedTensors, one
+from .derived import Derived, DerivedTensors
 from .families import describe_stored
 from .matrices import Matrix
 from .names import HEADS, Plan, canonical, tensors_of
@@ -42,7 +43,7 @@ def dequantize_own(
     started = time.monotonic()
     before = read_own_config(folder)
     own = OwnCheckpoint(folder, before)
-    integers = {part.path: part for matrix in own.computed() for part in _parts(matrix) if part.form.bits < 16}
+    integers = {part.path: part for matrix in own.computed() for part in matrix.parts() if part.form.bits < 16}
     if not integers:
         raise ValueError(f"{folder}: stores no integers, so there is nothing to dequantize; use it as it is.")
     config = _floating_config(before)
@@ -72,16 +73,6 @@ def dequantize_own(
     )
 
 
-def _parts(matrix: Matrix) -> list[Matrix]:
-    """A matrix, or the two factors of a low-rank one."""
-    rank = matrix.form.rank
-    if rank is None:
-        return [matrix]
-    shapes = (rank, matrix.shape[1]), (matrix.shape[0], rank)
-    named = zip("ab", matrix.form.factors, shapes, strict=True)
-    return [Matrix(f"{matrix.path}.{side}", f"{matrix.label}.{side}", form, shape) for side, form, shape in named]
-
-
 def _entry(own: OwnCheckpoint, integers: dict[str, Matrix], name: str) -> Derived:
     """A tensor of the new checkpoint: computed where it was integers, else as it is stored."""
     path, _, suffix = canonical(name).rpartition(".")
@@ -91,19 +82,22 @@ def _entry(own: OwnCheckpoint, integers: dict[str, Matrix], name: str) -> Derive
     if suffix == "weight":
         return Derived(matrix.shape, torch.float32, own.file(matrix), partial(own.row_blocks, matrix))
     shape = _floating_form(matrix.form).values_shape(*matrix.shape)
-    return Derived(shape, torch.float32, own.file(matrix), partial(one, partial(_kept_values, own, matrix, shape)))
+    return Derived(shape, torch.float32, own.file(matrix), partial(_kept_values, own, matrix))
 
 
-def _kept_values(own: OwnCheckpoint, matrix: Matrix, shape: tuple[int, ...]) -> torch.Tensor:
-    """The values that a sparse matrix keeps, as its floating form stores them."""
-    mask = unpack_mask(own.stored(matrix, ["mask"])["mask"], matrix.shape[1])
-    return own.weight(matrix, torch.float32)[mask].view(shape)
+def _kept_values(own: OwnCheckpoint, matrix: Matrix) -> Iterator[torch.Tensor]:
+    """The values that a sparse matrix keeps, row after row as its floating form stores them."""
+    mask, first = own.stored(matrix, ["mask"])["mask"], 0
+    for rows in own.row_blocks(matrix):
+        yield rows[unpack_mask(mask[first : first + len(rows)], matrix.shape[1])]
+        first += len(rows)
 
 
 def _floating_form(form: LinearForm) -> LinearForm:
-    """The same form with floating values, of factors too."""
+    """The same form with floating values, of factors too; one that is dense then needs no form."""
     plain = LinearForm()
-    factors = {side: _floating_form(own) for side, own in (("a", form.a), ("b", form.b)) if own is not None}
+    floating = {side: _floating_form(own) for side, own in (("a", form.a), ("b", form.b)) if own is not None}
+    factors = {side: None if own == plain else own for side, own in floating.items()}
     named = {name: getattr(plain, name) for name in ("group_size", "symmetric", "zero_point_dtype", "scale_dtype")}
     return replace(form, bits=16, **named, **factors)
 

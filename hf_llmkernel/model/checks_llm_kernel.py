@@ -419,7 +419,7 @@ def guard_four_bit(model: nn.Module) -> None:
 
 
 def refuse_own_integers(config: LLMKernelConfig) -> None:
-    """Raises `ValueError` where a quantizer is asked to dequantize what this family stores, which it knows nothing of."""
+    """Raises `ValueError` where a quantizer is asked to dequantize forms of this family, which it does not know."""
     if not (packed := packed_names(config)):
         return
     if integers := packed_names(config, integer=True):
@@ -431,7 +431,7 @@ def refuse_own_integers(config: LLMKernelConfig) -> None:
 
 
 def packed_names(config: LLMKernelConfig, integer: bool = False) -> list[str]:
-    """Names of the linears and embeddings that a configuration stores sparse or integer, or `integer`, by factors too."""
+    """Names of the linears and embeddings stored sparse or integer, or `integer` alone; factors count too."""
 
     def is_packed(form: LinearForm) -> bool:
         parts = [form] if form.rank is None else form.factors

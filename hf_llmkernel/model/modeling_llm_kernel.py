@@ -63,6 +63,7 @@ from .checks_llm_kernel import (
     refuse_fixed_integers,
     refuse_keys,
     refuse_other_quantization,
+    refuse_own_integers,
     refuse_quantization_config,
     refuse_uneven_heads,
 )

@@ -38,6 +38,7 @@ SMALL = {
     "pad_token_id": 0,
 }
 INT8 = {"bits": 8, "group_size": 32}
+SPARSE = {"sparsity": "2:4"}
 MIXED = {
     "q_proj": {"rank": 8, "a": INT8},
     "k_proj": INT8,
@@ -528,7 +529,7 @@ def test_relu_without_a_gate_is_two_linears():
 @pytest.mark.parametrize(
     ("forms", "message"),
     [
-        ({"o_proj": SPARSE, "q_proj": INT8}, r"layers.0.q_proj stores integers .*`llmkernel convert MODEL OUTPUT --deq"),
+        ({"o_proj": SPARSE, "q_proj": INT8}, r"layers.0.q_proj stores integers .*`llmkernel convert MODEL OUTPUT --d"),
         ({"o_proj": SPARSE, "down_proj": {"rank": 8, "b": INT8}}, r"layers.0.down_proj stores integers"),
         ({"o_proj": SPARSE}, r"layers.0.o_proj is stored sparse, and floating; it trains as it is"),
     ],
