@@ -42,7 +42,10 @@ def quickstart(
     align: Annotated[int, typer.Option(help="The feed-forward width stays a multiple of it.")] = 64,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a calibration sequence.")] = 512,
-    context: Annotated[int, typer.Option(help="Tokens of a window that perplexity is measured on.")] = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window that perplexity is measured on; default: 1024, or as the model has."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of all these windows.")] = 8192,
     prompt: Annotated[str, typer.Option(help="What both models answer as a sample.")] = PROMPT,
 ) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from .registry import from_fields, stage_from_dict
 from .stage import Stage
 
 DTYPES = ("float32", "bfloat16", "float16")
+CONTEXT = 1024  # tokens of a window of evaluation
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,29 @@ class Evaluation:
 
     Args:
         source: as in `Calibration`; perplexity is measured on the documents that calibration does not take.
-        context, tokens: tokens of a window, and of all windows.
+        context: tokens of a window; by default 1024, or the model's positions where these are fewer.
+        tokens: of all windows.
         prompt: what both models answer as a sample.
         speed: whether to measure speed and memory too, where both models fit in memory.
     """
 
     source: str | None = None
-    context: int = 1024
+    context: int | None = None
     tokens: int = 8192
     prompt: str = "Explain in two sentences why the sky is blue."
     speed: bool = True
 
     def __post_init__(self):
         _check_source(self.source)
-        _check_counts(self, context=2, tokens=2)
+        _check_counts(self, tokens=2, **({} if self.context is None else {"context": 2}))
         if not isinstance(self.prompt, str) or not self.prompt:
             raise ValueError(f"prompt={self.prompt!r}: must be a text.")
         if not isinstance(self.speed, bool):
             raise ValueError(f"speed={self.speed!r}: must be true or false.")
+
+    def window(self, positions: int) -> int:
+        """Tokens of a window on a model of so many positions."""
+        return min(CONTEXT, positions) if self.context is None else self.context
 
 
 @dataclass(frozen=True)

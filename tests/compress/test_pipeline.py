@@ -313,6 +313,14 @@ def test_evaluation_text_gives_a_report(tmp_path, tiny, text):
     assert report["bytes_on_disk"] == (tmp_path / "out" / "model.safetensors").stat().st_size
 
 
+def test_windows_of_evaluation_follow_a_model_of_fewer_positions(tmp_path, tiny, text, caplog):
+    evaluation = {"source": str(text), "tokens": 8192, "speed": False}
+    report = compress(tiny, {"evaluation": evaluation, "stages": [INT8]}, tmp_path / "out", progress=False).report
+    assert (report["context_length"], report["tokens_evaluated"] % 128) == (128, 0)
+    told = [record.getMessage() for record in caplog.records if "evaluation" in record.getMessage()]
+    assert told == ["evaluation: on windows of 128 tokens, the model's max_position_embeddings"]
+
+
 def test_a_model_beyond_the_memory_is_not_loaded_whole(tmp_path, tiny, text):
     evaluation = {"source": str(text), "context": 40, "tokens": 160}
     recipe = {"evaluation": evaluation, "stages": [INT8]}
