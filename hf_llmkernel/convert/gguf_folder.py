@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import gguf
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -276,7 +277,8 @@ def _rounded(weight: torch.Tensor, kind: int, label: str, lost: Counter[str]) ->
         rounded, counts = cast_values(weight, ggml.FLOATING[kind])
         is_whole = not counts.pop("overflowed")
     else:
-        rounded = torch.from_numpy(gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType(kind)))
+        with np.errstate(all="ignore"):  # what overflows is refused below, what underflows counted
+            rounded = torch.from_numpy(gguf.quantize(weight.float().numpy(), gguf.GGMLQuantizationType(kind)))
         blocks = ggml.unpack_blocks(rounded, kind)
         is_whole = is_finite(blocks.scales) and (blocks.offsets is None or is_finite(blocks.offsets))
         counts = ggml.lost_values(weight, blocks)

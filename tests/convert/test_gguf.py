@@ -232,6 +232,7 @@ def test_an_unexpected_tensor(tmp_path):
         convert_checkpoint(tmp_path / "model.gguf", tmp_path / "output")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy, beside the one error
 def test_values_that_are_not_finite(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path, kinds=(KINDS.F32,))
@@ -344,6 +345,7 @@ def test_constant_blocks_of_q4_1_are_exact(tmp_path):
     assert torch.equal(weight[0, :32], torch.full((32,), 0.75))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of numpy, beside the one error
 def test_scales_that_are_not_finite(tmp_path):
     path = tmp_path / "model.gguf"
     write_gguf(path, kinds=(KINDS.Q8_0,))
