@@ -10,7 +10,8 @@ Shapes: O out_features, I in_features.
 import json
 import logging
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from ..model.checks_llm_kernel import CAST_FILTER, CAST_LOGGER, check_quantized_tensors
+from ..model.checks_llm_kernel import CAST_FILTER, CAST_LOGGER, check_quantized_tensors, stored_tensors
 
 QUANT_TYPES = ("nf4", "fp4", "int8")
 BLOCK, NESTED_BLOCK = 64, 256  # values of a scale, and scales of a scale
 TABLE, NESTED_TABLE = 16, 256  # values that a code stands for
 UNQUANTIZED = ("lm_head", "score", "qa_outputs")  # where a configuration does not name what is left out
+OWN_TENSORS = re.compile(r"(.+)\.(weight\.(absmax|quant_map|quant_state\..+)|SCB|weight_format)")
 Tensors = dict[str, tuple[tuple[int, ...] | None, str | None]]
 
 
@@ -48,18 +50,21 @@ class BitsAndBytes:
 
     @classmethod
     def of(cls, config: Any) -> "BitsAndBytes | None":
-        """That of a model's configuration; `None` where bitsandbytes has nothing to do with it."""
+        """That of a model's configuration; `None` where bitsandbytes has nothing to do with it, as transformers says.
+
+        What is left out is as `BitsAndBytesConfig` has it by default.
+        """
         asked = getattr(config, "quantization_config", None)
         asked = asked if isinstance(asked, dict | None) else asked.to_dict()
-        if not asked or asked.get("quant_method") != "bitsandbytes":
+        if not asked or not (asked.get("load_in_4bit") or asked.get("load_in_8bit")):
             return None
         skipped = asked.get("llm_int8_skip_modules")
         return cls(
-            quant_type="int8" if asked.get("load_in_8bit") else asked["bnb_4bit_quant_type"],
-            double_quant=bool(asked.get("load_in_4bit") and asked["bnb_4bit_use_double_quant"]),
-            compute_dtype=asked["bnb_4bit_compute_dtype"],
+            quant_type="int8" if asked.get("load_in_8bit") else asked.get("bnb_4bit_quant_type") or "fp4",
+            double_quant=bool(asked.get("load_in_4bit") and asked.get("bnb_4bit_use_double_quant")),
+            compute_dtype=str(asked.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
             skipped=UNQUANTIZED if skipped is None else tuple(skipped),
-            threshold=asked["llm_int8_threshold"],
+            threshold=asked.get("llm_int8_threshold", 6.0),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -154,9 +159,9 @@ class BitsAndBytes:
         import bitsandbytes
 
         modules: Any = bitsandbytes.nn
-        values = {suffix: tensor.numel() for suffix, tensor in stored.items()}
+        found = {tensor.name: tensor for tensor in stored_tensors(dict(stored), [])}
         whole = (plain.out_features, plain.in_features)
-        check_quantized_tensors(name, whole, self.quant_type, values, stored.__getitem__)
+        check_quantized_tensors(name, whole, self.quant_type, found, stored.__getitem__)
         shape = {"input_features": plain.in_features, "output_features": plain.out_features, "bias": False}
         logging.getLogger(CAST_LOGGER).addFilter(CAST_FILTER)
         if self.is_four_bit:
@@ -176,8 +181,7 @@ class BitsAndBytes:
         return linear.eval()
 
 
-def encoded_linears(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of linears that are stored so, each with the names of its tensors, bias apart."""
-    marks = (".weight.absmax", ".SCB")
-    names = [key.removesuffix(mark) for key in tensors for mark in marks if key.endswith(mark)]
-    return {name: [key for key in tensors if key.startswith((f"{name}.weight", f"{name}.SCB"))] for name in names}
+def encoded_linears(keys: Collection[str]) -> dict[str, list[str]]:
+    """Names of linears that are stored so, each with the names of its tensors, bias apart; one may lack some."""
+    names = dict.fromkeys(match[1] for match in map(OWN_TENSORS.fullmatch, keys) if match)
+    return {name: [key for key in keys if key.startswith((f"{name}.weight", f"{name}.SCB"))] for name in names}

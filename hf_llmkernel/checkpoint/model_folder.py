@@ -38,6 +38,11 @@ class ModelFolder:
         self.config._attn_implementation = "sdpa"
         self.quantization = BitsAndBytes.of(self.config)
         keys = self.reader.keys()
+        if self.quantization is None and (encoded := encoded_linears(keys)):
+            raise ValueError(
+                f"{next(iter(encoded))}: is stored as bitsandbytes does, and config.json does not ask for that in its "
+                "quantization_config; it and the weights must be of one checkpoint."
+            )
         self.prefix = "model." if any(key.startswith("model.layers.") for key in keys) else ""
         self._blocks, self.others = _group_by_block(keys, f"{self.prefix}layers.")
         if stray := sorted(set(self._blocks) - set(range(self.config.num_hidden_layers))):

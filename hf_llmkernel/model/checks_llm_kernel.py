@@ -23,6 +23,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -31,7 +33,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_llm_kernel import LinearForm, LLMKernelConfig
+from .configuration_llm_kernel import BITSANDBYTES_SETTINGS, LinearForm, LLMKernelConfig, check_bitsandbytes
 from .linear_llm_kernel import LowRankLinear, PackedWeight
 
 logger = logging.get_logger(__name__)
@@ -118,16 +120,9 @@ def refuse_quantization_config(config: LLMKernelConfig) -> None:
             f"quantization_config: {packed[0]} is already stored sparse or integer; load without a "
             "quantization_config, or start from a dense or low-rank checkpoint."
         )
-    asked = asked if isinstance(asked, dict) else asked.to_dict()
-    for name, legal in BITSANDBYTES_SETTINGS.items():
-        if asked.get("load_in_4bit") and asked.get(name, legal[0]) not in legal:
-            raise ValueError(f"quantization_config: {name}={asked[name]!r} is not one of {list(legal)}.")
+    check_bitsandbytes(asked if isinstance(asked, dict) else asked.to_dict())
 
 
-BITSANDBYTES_SETTINGS = {
-    "bnb_4bit_quant_type": ("nf4", "fp4"),
-    "bnb_4bit_compute_dtype": ("float32", "bfloat16", "float16"),
-}
 # Where a configuration is looked for, of the arguments of `from_pretrained`.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -301,38 +296,55 @@ def check_stored_quantized(model: PreTrainedModel, state_dict: dict | None, file
             continue
         kind = weight.quant_type if type(weight).__name__ == "Params4bit" else "int8"
         own = {key: tensor for key, tensor in stored.items() if key.startswith(f"{path}.")}
-        values = {key.removeprefix(f"{path}."): tensor.values for key, tensor in own.items()}
+        found = {key.removeprefix(f"{path}."): tensor for key, tensor in own.items()}
         shape = (linear.out_features, linear.in_features)
-        check_quantized_tensors(name, shape, kind, values, lambda suffix, path=path: read(f"{path}.{suffix}"))
+        check_quantized_tensors(name, shape, kind, found, lambda suffix, path=path: read(f"{path}.{suffix}"))
 
 
 def check_quantized_tensors(
-    name: str, shape: tuple[int, int], kind: str, values: Mapping[str, int], read: Callable[[str], torch.Tensor]
+    name: str, shape: tuple[int, int], kind: str, found: Mapping[str, StoredTensor], read: Callable[[str], torch.Tensor]
 ) -> None:
-    """Raises `ValueError` where a tensor that bitsandbytes stores for a linear is missing or not of its shape.
+    """Raises `ValueError` where a tensor that bitsandbytes stores for a linear is missing, of another shape or type.
 
     Args:
         name: of the linear.
         shape: O and I.
         kind: `"nf4"`, `"fp4"` or `"int8"`.
-        values: how many each stored tensor has, by suffix.
+        found: its stored tensors, by suffix.
         read: one of these.
     """
     state = f"weight.quant_state.bitsandbytes__{kind}"
-    counts = {"weight": None, "SCB": shape[0]}
+    wanted = {"SCB": (shape[0], "F32")}
     if kind != "int8":
-        if state not in values:
+        if state not in found:
             refuse_quantized(f"{name}.{state}", "missing")
-        counts = {"weight": None, **four_bit_counts(f"{name}.{state}", read(state), kind, shape)}
-    for suffix, count in counts.items():
-        if suffix not in values:
+        wanted = four_bit_tensors(f"{name}.{state}", read(state), kind, shape)
+    for suffix in ("weight", *wanted):
+        if suffix not in found:
             refuse_quantized(f"{name}.{suffix}", "missing")
-        if count not in (None, values[suffix]):
-            refuse_quantized(f"{name}.{suffix}", f"has {values[suffix]} values, not the {count} of its linear")
+    for suffix, (count, stored_type) in wanted.items():
+        tensor = found[suffix]
+        if tensor.values != count:
+            refuse_quantized(f"{name}.{suffix}", f"has {tensor.values} values, not the {count} of its linear")
+        if tensor.type != stored_type:
+            refuse_quantized(f"{name}.{suffix}", f"is stored as {tensor.type}, and bitsandbytes has {stored_type}")
+    for suffix, table in four_bit_tables(kind).items() if kind != "int8" else ():
+        if suffix in wanted and not torch.allclose(read(suffix).flatten(), table, atol=1e-5):
+            refuse_quantized(f"{name}.{suffix}", "has other values than those its codes stand for")
 
 
-def four_bit_counts(name: str, state: torch.Tensor, kind: str, shape: tuple[int, int]) -> dict[str, int]:
-    """How many values bitsandbytes stores beside 4-bit codes, by suffix, as the state of a linear says.
+@cache
+def four_bit_tables(kind: str) -> dict[str, torch.Tensor]:
+    """What codes stand for: `[16]` of 4-bit weights, `[256]` of their scales; bitsandbytes has but one of each."""
+    functional = import_module("bitsandbytes.functional")  # which is there, or nothing would have been quantized
+    return {
+        "weight.quant_map": functional.get_4bit_type(kind, device="cpu"),
+        "weight.nested_quant_map": functional.create_dynamic_map(),
+    }
+
+
+def four_bit_tensors(name: str, state: torch.Tensor, kind: str, shape: tuple[int, int]) -> dict[str, tuple[int, str]]:
+    """How many values of which type bitsandbytes stores beside 4-bit codes, by suffix, as the state of a linear says.
 
     Args:
         name: of the state.
@@ -360,13 +372,14 @@ def four_bit_counts(name: str, state: torch.Tensor, kind: str, shape: tuple[int,
         if said.get(field) not in legal:
             refuse_quantized(name, f"{field}={said.get(field)!r} is not {' or '.join(map(str, legal))}")
     scales = math.ceil(math.prod(shape) / said["blocksize"])
-    counts = {"weight.absmax": scales, "weight.quant_map": 16}
+    tensors = {"weight.absmax": (scales, "U8" if nested else "F32"), "weight.quant_map": (16, "F32")}
     if not nested:
-        return counts
+        return tensors
     offset = said.get("nested_offset")
     if not isinstance(offset, float) or not math.isfinite(offset):
         refuse_quantized(name, f"nested_offset={offset!r} is no finite number")
-    return {**counts, "weight.nested_absmax": math.ceil(scales / NESTED_BLOCK), "weight.nested_quant_map": 256}
+    count = math.ceil(scales / NESTED_BLOCK)
+    return {**tensors, "weight.nested_absmax": (count, "F32"), "weight.nested_quant_map": (256, "F32")}
 
 
 FOUR_BIT_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # values that share a scale

@@ -53,6 +53,11 @@ INIT_SCHEMES = (
 ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
 SUBLAYERS = ("attention", "mlp")
+# Of a `quantization_config` that asks for 4 bits of bitsandbytes.
+BITSANDBYTES_SETTINGS = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"),
+    "bnb_4bit_compute_dtype": ("float32", "bfloat16", "float16"),
+}
 # What a layer can have of its own; all else is one for the whole model.
 LAYER_FIELDS = (
     "intermediate_size",
@@ -303,6 +308,28 @@ def refuse_type(config_class: type, name: str, value: Any, where: str = "") -> N
     raise ValueError(f"{where}{name}={reprlib.repr(value)}: must be {kind}; correct it.") from None
 
 
+def check_bitsandbytes(asked: dict[str, Any]) -> None:
+    """Raises `ValueError` for a `quantization_config` of bitsandbytes with which no model loads, or none computes."""
+    names = ("load_in_4bit", "load_in_8bit")
+    if asked.get("quant_method", "bitsandbytes") != "bitsandbytes" and not any(map(asked.get, names)):
+        return
+    flags = {name: asked.get(name, False) for name in (*names, "bnb_4bit_use_double_quant")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"quantization_config: {name}={value!r} must be true or false.")
+    if flags["load_in_4bit"] and flags["load_in_8bit"]:
+        raise ValueError("quantization_config: load_in_4bit and load_in_8bit are both true; leave one of them out.")
+    for name, legal in BITSANDBYTES_SETTINGS.items() if flags["load_in_4bit"] else ():
+        value = asked.get(name)
+        if value is not None and str(value).removeprefix("torch.") not in legal:
+            raise ValueError(f"quantization_config: {name}={value!r} is not one of {list(legal)}.")
+    if not isinstance(threshold := asked.get("llm_int8_threshold", 6.0), float):
+        raise ValueError(f"quantization_config: llm_int8_threshold={threshold!r} must be a number such as 6.0.")
+    skipped = asked.get("llm_int8_skip_modules")
+    if skipped is not None and not (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)):
+        raise ValueError(f"quantization_config: llm_int8_skip_modules={skipped!r} must be a list of names, or null.")
+
+
 @auto_docstring(custom_intro="Configuration of the LLMKernel family; its defaults are Llama's.")
 @with_plain_errors
 @strict
@@ -444,6 +471,9 @@ class LLMKernelConfig(PreTrainedConfig):
             raise ValueError(
                 f"pad_token_id={self.pad_token_id}: must be below vocab_size={self.vocab_size}; correct it."
             )
+        asked = getattr(self, "quantization_config", None)
+        if asked is not None:
+            check_bitsandbytes(asked if isinstance(asked, dict) else asked.to_dict())
         for name in ("embed_tokens_form", "lm_head_form"):
             self._check_form(name, getattr(self, name), self.vocab_size, self.hidden_size)
         if self.tie_word_embeddings and self.lm_head_form is not None:

@@ -17,7 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_llmkernel.model.modeling_llm_kernel as modeling
+from hf_llmkernel.checkpoint.bitsandbytes import BitsAndBytes
 from hf_llmkernel.checkpoint.model_folder import ModelFolder
+from hf_llmkernel.cli import main
 from hf_llmkernel.model.configuration_llm_kernel import LLMKernelConfig
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -350,6 +352,19 @@ def with_fields(**fields):
     return damage
 
 
+def as_type(suffix: str, dtype: torch.dtype):
+    return lambda tensors: tensors.update({f"{UP}.{suffix}": tensors[f"{UP}.{suffix}"].to(dtype)})
+
+
+def other_values(suffix: str):
+    """One value of a table changed, still in order."""
+
+    def damage(tensors):
+        tensors[f"{UP}.{suffix}"][5] += 1e-3
+
+    return damage
+
+
 def shortened(suffix: str):
     return lambda tensors: tensors.update({f"{UP}.{suffix}": tensors[f"{UP}.{suffix}"][:-1].clone()})
 
@@ -370,6 +385,11 @@ def shortened(suffix: str):
         (with_fields(shape=[64, 128]), f"{STATE}: shape=[64, 128] is not [128, 64]"),
         (shortened("weight.absmax"), f"{UP}.weight.absmax: has 127 values, not the 128 of its linear"),
         (shortened("weight.quant_map"), f"{UP}.weight.quant_map: has 15 values, not the 16 of its linear"),
+        (lambda tensors: tensors.pop(f"{UP}.weight.absmax"), f"{UP}.weight.absmax: missing"),
+        (lambda tensors: tensors.pop(f"{UP}.weight.quant_map"), f"{UP}.weight.quant_map: missing"),
+        (as_type("weight.absmax", torch.int8), f"{UP}.weight.absmax: is stored as I8, and bitsandbytes has "),
+        (as_type("weight.quant_map", torch.float16), f"{UP}.weight.quant_map: is stored as F16, and bits"),
+        (other_values("weight.quant_map"), f"{UP}.weight.quant_map: has other values than those its codes stand for"),
     ],
 )
 @pytest.mark.parametrize("stored", ["nf4", "nf4 double"], indirect=True)
@@ -384,6 +404,8 @@ def test_a_damaged_state_of_four_bits_is_named_in_one_line(stored, tmp_path, dam
         (with_fields(nested_dtype=None), f"{STATE}: nested_dtype=None is not float32"),
         (with_fields(nested_offset=float("nan")), f"{STATE}: nested_offset=nan is no finite number"),
         (shortened("weight.nested_quant_map"), f"{UP}.weight.nested_quant_map: has 255 values, not the 256"),
+        (other_values("weight.nested_quant_map"), f"{UP}.weight.nested_quant_map: has other values than those"),
+        (as_type("weight.nested_absmax", torch.float16), f"{UP}.weight.nested_absmax: is stored as F16, and bits"),
         (lambda tensors: tensors.pop(f"{UP}.weight.nested_absmax"), f"{UP}.weight.nested_absmax: missing"),
     ],
 )
@@ -392,9 +414,17 @@ def test_a_damaged_state_of_scales_in_eight_bits_is_named_in_one_line(stored, tm
     refused(stored[0], tmp_path / "copy", damage, fault)
 
 
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (shortened("SCB"), f"{UP}.SCB: has 127 values, not the 128 of its linear"),
+        (as_type("SCB", torch.float16), f"{UP}.SCB: is stored as F16, and bitsandbytes has F32"),
+        (lambda tensors: tensors.pop(f"{UP}.SCB"), f"{UP}.SCB: missing"),
+    ],
+)
 @pytest.mark.parametrize("stored", ["int8"], indirect=True)
-def test_too_few_scales_of_int8_are_named(stored, tmp_path):
-    refused(stored[0], tmp_path / "copy", shortened("SCB"), f"{UP}.SCB: has 127 values, not the 128 of its linear")
+def test_damaged_scales_of_int8_are_named(stored, tmp_path, damage, fault):
+    refused(stored[0], tmp_path / "copy", damage, fault)
 
 
 def refused(folder: Path, copied: Path, damage, fault: str) -> None:
@@ -434,6 +464,57 @@ def test_a_configuration_of_other_weights_never_loads_integers_as_floats(stored,
     (copied / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=fault):
         AutoModelForCausalLM.from_pretrained(copied)
+
+
+def test_encoded_weights_without_a_configuration_are_not_walked_over(stored, tmp_path):
+    copied = shutil.copytree(stored[0], tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    for changes in ({}, {"quantization_config": {"quant_method": "bitsandbytes"}}):
+        config.pop("quantization_config", None)
+        config.update(changes)
+        (copied / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="is stored as bitsandbytes does, and config.json does not ask for that"):
+            ModelFolder(copied)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bnb_4bit_compute_dtype": "float8_e4m3fn"},
+        {"bnb_4bit_compute_dtype": "no such"},
+        {"bnb_4bit_compute_dtype": 3},
+        {"bnb_4bit_quant_type": "nf5"},
+        {"bnb_4bit_use_double_quant": "yes"},
+        {"load_in_8bit": True},
+        {"llm_int8_threshold": "a"},
+        {"llm_int8_skip_modules": "up_proj"},
+    ],
+)
+@pytest.mark.parametrize("stored", ["nf4"], indirect=True)
+def test_settings_of_a_checkpoint_that_mean_nothing_are_named(stored, tmp_path, settings, capfd):
+    copied = shutil.copytree(stored[0], tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    config["quantization_config"].update(settings)
+    (copied / "config.json").write_text(json.dumps(config))
+    fault = rf"quantization_config: .*{next(iter(settings))}"
+    for load in (AutoModelForCausalLM.from_pretrained, ModelFolder):
+        with pytest.raises(ValueError, match=f"^{fault}"):
+            load(copied)
+    assert main(["inspect", str(copied)]) == 2
+    assert re.search(rf"^error: .*{fault}", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("stored", ["nf4"], indirect=True)
+def test_settings_that_a_checkpoint_leaves_out_are_those_of_transformers(stored, tmp_path):
+    copied = shutil.copytree(stored[0], tmp_path / "copy")
+    config = json.loads((copied / "config.json").read_text())
+    said = config["quantization_config"]
+    needed = ("load_in_4bit", "bnb_4bit_quant_type", "llm_int8_skip_modules")
+    config["quantization_config"] = {name: said[name] for name in needed}
+    (copied / "config.json").write_text(json.dumps(config))
+    loaded, expected = (run(AutoModelForCausalLM.from_pretrained(folder)) for folder in (copied, stored[0]))
+    assert torch.equal(loaded, expected)
+    assert ModelFolder(copied).quantization == BitsAndBytes("nf4", skipped=tuple(said["llm_int8_skip_modules"]))
 
 
 @pytest.mark.parametrize(

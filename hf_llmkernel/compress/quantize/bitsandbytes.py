@@ -10,8 +10,8 @@ from typing import Any, ClassVar, cast
 import torch
 
 from ...checkpoint.bitsandbytes import QUANT_TYPES, BitsAndBytes
-from ...model.checks_llm_kernel import BITSANDBYTES_SETTINGS, packed_names
-from ...model.configuration_llm_kernel import LLMKernelConfig
+from ...model.checks_llm_kernel import packed_names
+from ...model.configuration_llm_kernel import BITSANDBYTES_SETTINGS, LLMKernelConfig
 from ..block import Block, matrix_form, matrix_names, matrix_shape, module_path
 from ..inputs import InputStatistic
 from ..registry import register
