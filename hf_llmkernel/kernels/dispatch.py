@@ -17,18 +17,22 @@ class Kernels:
     """The native kernels to a model."""
 
     operators = OPERATORS  # torch keeps them as long as this object
-    is_enabled = staticmethod(library.is_enabled)
+    is_enabled = staticmethod(library.is_wanted)
     decode = staticmethod(step.decode)
     generating = staticmethod(library.generating)
 
     def serves(self, input: torch.Tensor) -> bool:
-        """Whether activations are such as native linears take, and no gradient has to come back through them."""
+        """Whether activations are such as native linears take, and no gradient has to come back through them.
+
+        Where the library is not there, it says so.
+        """
         return (
             input.device.type == "cpu"
             and input.dtype in (torch.float32, torch.bfloat16)
             and type(input) is torch.Tensor
             and not torch.is_autocast_enabled("cpu")
             and not (input.requires_grad and torch.is_grad_enabled())
+            and library.is_usable()
         )
 
     def takes(self, input: torch.Tensor, layout: Layout) -> bool:
@@ -48,5 +52,5 @@ class Kernels:
 
 
 def native_kernels(interface: int) -> Kernels | None:
-    """The kernels, or `None` where the library is not there, or speaks another interface than the caller."""
-    return Kernels() if library.NATIVE is not None and interface in INTERFACES else None
+    """The kernels, or `None` where the caller speaks another interface."""
+    return Kernels() if interface in INTERFACES else None

@@ -1,18 +1,23 @@
 """The native library by ctypes: its structures (see native/llmkernel.h), whether it is there, and whether it is in use.
 
 Environment: LLMKERNEL_KERNELS=off runs everything on torch, LLMKERNEL_ISA (avx512, avx2, portable) lowers the
-instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted, and
-LLMKERNEL_ACTIVATIONS=float32 keeps the inputs of integer matrices as they are, which are rounded to int8 without it.
+instruction set, LLMKERNEL_THREADS is the number of threads where torch's own is not wanted,
+LLMKERNEL_ACTIVATIONS=float32 keeps the inputs of integer matrices as they are, which are rounded to int8 without it,
+and LLMKERNEL_PATHS=native leaves all to the kernels, where a measurement would say what they are faster at.
 """
 
 import contextlib
 import ctypes
 import os
+import struct
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 ABI = 4
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
@@ -62,17 +67,26 @@ class Model(ctypes.Structure):
     ]
 
 
-def load() -> ctypes.CDLL | None:
-    """The library, or `None` where it was not built, is of another ABI, or cannot be loaded."""
+class Unusable(Exception):
+    """The library was not built, or is none for this package; says which, and the remedy."""
+
+
+def load() -> ctypes.CDLL:
+    """Raises `Unusable` where the library was not built, is damaged or of another ABI."""
+    remedy = "run `python -m hf_llmkernel.kernels.build`"
     if not LIBRARY.is_file():
-        return None
+        raise Unusable(f"{LIBRARY.name} was not built with the package; install a C++ compiler and {remedy}")
+    remedy = f"remove it and {remedy}"
     try:
+        if _is_cut(LIBRARY):
+            raise Unusable(f"{LIBRARY} ends early; {remedy}")
         library = ctypes.CDLL(str(LIBRARY))
-        current = library.llmk_abi() == ABI
-    except (OSError, AttributeError):
-        return None
-    if not current:
-        return None
+        abi = library.llmk_abi()
+    except (OSError, AttributeError) as error:
+        reason = str(error).removeprefix(f"{LIBRARY}: ")
+        raise Unusable(f"{LIBRARY} does not load ({reason}); {remedy}") from None
+    if abi != ABI:
+        raise Unusable(f"{LIBRARY} is of another version of the package (ABI {abi}, not {ABI}); {remedy}")
     library.llmk_isa.restype = library.llmk_set_isa.restype = ctypes.c_char_p
     library.llmk_set_isa.argtypes = [ctypes.c_char_p]
     pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
@@ -88,7 +102,21 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-NATIVE = load()
+def _is_cut(path: Path) -> bool:
+    """Whether an ELF file of 64 bits is shorter than it says. Loading it would end the process by SIGBUS."""
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF\x02"):
+        return False
+    (sections,), (size, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < sections + size * count  # the table of sections comes last
+
+
+NATIVE: ctypes.CDLL | None = None
+try:
+    NATIVE, _fault = load(), ""
+except Unusable as error:
+    _fault = str(error)
 _disabled: ContextVar[bool] = ContextVar("llmkernel_kernels_disabled", default=False)
 
 
@@ -96,11 +124,36 @@ def is_enabled() -> bool:
     """Whether native kernels serve: the library is there, and neither the environment nor `disabled()` says no.
 
     Raises:
-        ValueError: $LLMKERNEL_KERNELS or $LLMKERNEL_ISA that is none of its values.
+        ValueError: $LLMKERNEL_KERNELS, $LLMKERNEL_ISA or $LLMKERNEL_PATHS that is none of its values.
     """
+    return is_wanted() and NATIVE is not None
+
+
+def is_wanted() -> bool:
+    """The same, whether or not the library is there."""
     wanted = _setting("LLMKERNEL_KERNELS", ("on", "off"))
     _setting("LLMKERNEL_ISA", ISAS)
-    return NATIVE is not None and not _disabled.get() and wanted == "on"
+    measures_paths()
+    return wanted == "on" and not _disabled.get()
+
+
+def is_usable() -> bool:
+    """Whether the library is there. Asked where it is wanted: a warning says what is wrong, once in a process."""
+    if NATIVE is None:
+        logger.warning_once(
+            f"hf_llmkernel: no native kernels, so torch computes, several times more slowly: {_fault}, or set "
+            "LLMKERNEL_KERNELS=off to do without."
+        )
+    return NATIVE is not None
+
+
+def measures_paths() -> bool:
+    """Whether measurements say which path a product takes, rather than all being native: by $LLMKERNEL_PATHS.
+
+    Raises:
+        ValueError: it is neither `measured` nor `native`.
+    """
+    return _setting("LLMKERNEL_PATHS", ("measured", "native")) == "measured"
 
 
 def _setting(name: str, values: tuple[str, ...]) -> str:

@@ -53,14 +53,14 @@ class Paths:
 
     def takes(self, kind: int, out_features: int, in_features: int, rows: int) -> bool:
         """Whether the kernels take a product of M rows with a matrix `[O, I]` of a kind (`llmk_kind`)."""
-        if _always_native():
+        if not library.measures_paths():
             return True
         native, plain = self.seconds(kind, out_features * in_features, rows)
         return native <= MARGIN * plain
 
     def takes_step(self, matrices: Iterable[tuple[int, int]], layers: int, rows: int) -> bool:
         """Whether they take M rows through a whole model, of matrices given as kind and number of weights."""
-        if _always_native():
+        if not library.measures_paths():
             return True
         every = [self.seconds(kind, weights, rows) for kind, weights in matrices]
         native, plain = (sum(entry[path] for entry in every) for path in (0, 1))
@@ -109,10 +109,6 @@ def _is_table(content: Any) -> bool:
         and all(isinstance(entry, list) and len(entry) == 2 and min(entry) > 0 for entry in table.values())
         for table in content.values()
     )
-
-
-def _always_native() -> bool:
-    return os.environ.get("LLMKERNEL_PATHS") == "native"
 
 
 def _file() -> Path:

@@ -140,7 +140,7 @@ def decode(
         options: all else that `forward` was given; any that asks for more than logits is torch's.
     """
     logits = None
-    if _is_step(model, input_ids, past_key_values, options):
+    if _is_step(model, input_ids, past_key_values, options) and library.is_usable():
         kept = options.get("logits_to_keep") or None
         logits = _step(model, input_ids, attention_mask, position_ids, past_key_values, kept)
     library.leave_to_torch(native=logits is not None)

@@ -86,6 +86,7 @@ def test_low_rank_pairs_take_floating_activations(level):
 SETTINGS = {
     "LLMKERNEL_ACTIVATIONS": ("int4", "must be int8 or float32", library.rounds_inputs),
     "LLMKERNEL_KERNELS": ("banana", "must be on or off", library.is_enabled),
+    "LLMKERNEL_PATHS": ("banana", "must be measured or native", library.is_enabled),
     "LLMKERNEL_ISA": ("sse", "must be avx512 or avx2 or portable", library.is_enabled),
     "LLMKERNEL_THREADS": ("abc", "must be a whole number from 1 to 1024", library.threads),
 }
