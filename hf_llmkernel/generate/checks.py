@@ -29,6 +29,12 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+def _tools(value: Any) -> bool:
+    tools = value if isinstance(value, list) else [None]
+    functions = [tool.get("function") if isinstance(tool, dict) else None for tool in tools]
+    return all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions)
+
+
 # Field: what it must be, in words and as a test.
 SERVED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a text", lambda value: isinstance(value, str)),
@@ -39,10 +45,10 @@ SERVED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "temperature": ("a number from 0 to 2", _number(0, 2)),
     "top_p": ("a number above 0 and at most 1", _number(1e-9, 1)),
     "stop": ("a text that is not empty, or a list of these", _stop),
-    "seed": ("a whole number", lambda value: type(value) is int and abs(value) < 2**63),
+    "seed": ("a whole number of at most 63 bits", lambda value: type(value) is int and abs(value) < 2**63),
     "stream": ("true or false", _flag),
     "stream_options": ("an object of include_usage, true or false", _stream_options),
-    "tools": ("a list", lambda value: isinstance(value, list)),
+    "tools": ("a list of objects, each of a function with a name", _tools),
     "chat_template_kwargs": ("an object", lambda value: isinstance(value, dict)),
 }
 IGNORED = {
@@ -68,9 +74,11 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "tool_choice": "auto",
     "top_logprobs": 0,
 }
+ROLES = ("system", "developer", "user", "assistant", "tool")
 PARTS = ("text", "input_text", "output_text")
 # What the tokenizer, and not the template, is told by a call; the server tells it.
 TEMPLATE_SETTINGS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents"}
+TEMPLATE_SETTINGS |= {"messages"}
 
 
 def check_fields(body: dict[str, Any], most_tokens: int) -> None:
@@ -100,18 +108,36 @@ def check_chat(body: dict[str, Any]) -> None:
     """Raises `ValueError` for a request of `/v1/chat/completions` whose messages are none."""
     _needs(body, "messages", ("prompt",))
     for index, message in enumerate(body["messages"]):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{index}]: must be an object with a role")
-        if not _is_content(message.get("content"), "tool_calls" in message):
-            raise ValueError(f"messages[{index}].content: must be a text, or a list of parts of type text")
-        for call in message.get("tool_calls") or ():
-            function = call.get("function") if isinstance(call, dict) else None
-            if not isinstance(function, dict) or not _is_object(function.get("arguments")):
-                raise ValueError(
-                    f"messages[{index}].tool_calls: each must have a function with arguments, the text of a JSON object"
-                )
+        _check_message(f"messages[{index}]", message)
     if given := TEMPLATE_SETTINGS & body.get("chat_template_kwargs", {}).keys():
         raise ValueError(f"chat_template_kwargs.{min(given)}: is not served; leave it out")
+
+
+def _check_message(name: str, message: Any) -> None:
+    """The same for one message, whose fields that say nothing are removed; a developer is the system to templates."""
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = f".role={_short(message['role'])}" if isinstance(message, dict) and "role" in message else ""
+        raise ValueError(f"{name}{role}: must be an object with a role, one of {', '.join(ROLES)}")
+    if message["role"] == "developer":
+        message["role"] = "system"
+    calls = message.get("tool_calls")
+    if not _is_content(message.get("content"), "tool_calls" in message):
+        raise ValueError(f"{name}.content: must be a text, or a list of parts of type text")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
+        raise ValueError(f"{name}.tool_calls: each must have a function with arguments, the text of a JSON object")
+    if not calls:
+        message.pop("tool_calls", None)  # beside them transformers drops the content
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return isinstance(function, dict) and _is_object(function.get("arguments"))
+
+
+def uses_tools(body: dict[str, Any]) -> bool:
+    """Whether a chat has tools, calls of tools, or what they gave."""
+    spoken = (message["role"] == "tool" or "tool_calls" in message for message in body["messages"])
+    return bool(body.get("tools")) or any(spoken)
 
 
 def _needs(body: dict[str, Any], field: str, foreign: tuple[str, ...]) -> None:

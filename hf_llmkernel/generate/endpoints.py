@@ -23,10 +23,16 @@ from starlette.requests import ClientDisconnect
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
-from transformers.cli.serving.utils import BaseGenerateManager, DirectStreamer, GenerationState, _StreamError
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    DirectStreamer,
+    GenerationState,
+    _StreamError,
+    get_response_template,
+)
 
 from .batch import Request as Sequence
-from .checks import check_chat, check_completion, check_fields
+from .checks import check_chat, check_completion, check_fields, uses_tools
 from .command import check_tokens, room_after
 from .engine import Engine, Served
 from .sampling import sampling_options
@@ -152,6 +158,9 @@ async def read_body(request: Request) -> dict[str, Any]:
             raise HTTPException(413, f"the body has more than {MOST_BYTES} bytes")
     try:
         body = json.loads(text)
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # neither a tokenizer nor an answer would take it
+        raise HTTPException(400, "the body has half a character (\\ud800 to \\udfff alone); send both halves") from None
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON ({error})") from None
     if not isinstance(body, dict):
@@ -268,7 +277,7 @@ class _Handler:
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         try:
-            self._check_template(served)
+            self._check_template(served, body)
             response = await super().handle_request(body, request_id)  # type: ignore[misc]
         except (ValueError, TypeError, TemplateError) as error:  # of a template that takes no such messages, too
             raise HTTPException(400, " ".join(str(error).split())) from None
@@ -296,7 +305,7 @@ class _Handler:
     def _validate_request(self, body: dict) -> None:
         raise NotImplementedError
 
-    def _check_template(self, served: Served) -> None: ...
+    def _check_template(self, served: Served, body: dict) -> None: ...
 
     def _resolve_model(self, body: dict) -> tuple[str, Any, Any]:
         served = self.models.engine.served[body["model"]]
@@ -332,9 +341,21 @@ class ChatHandler(_Handler, ChatCompletionHandler):
         message["content"] = cut(message["content"], gen_config.stop)
         return JSONResponse(answer)
 
-    def _check_template(self, served: Served) -> None:
+    def _check_template(self, served: Served, body: dict) -> None:
         if getattr(served.tokenizer, "chat_template", None) is None:
             raise ValueError(f"model={served.name!r}: has no chat template; use /v1/completions")
+        if uses_tools(body) and not _has_tools(served):
+            raise ValueError(
+                f"tools: model={served.name!r} has no templates that show it tools and read its calls; leave them out"
+            )
+
+
+def _has_tools(served: Served) -> bool:
+    """Whether the chat template shows a model tools, and the response template reads its calls of them."""
+    asked = [{"role": "user", "content": ""}]
+    tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+    without, shown = (served.tokenizer.apply_chat_template(asked, tools, tokenize=False) for tools in (None, [tool]))
+    return shown != without and get_response_template(served.tokenizer, served.network) is not None
 
 
 class TextHandler(_Handler, CompletionHandler):

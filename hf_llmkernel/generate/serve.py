@@ -4,8 +4,14 @@ Reading order: `serve` -> what is needed -> the socket -> the server, which drai
 """
 
 import asyncio
+import contextlib
+import logging
+import os
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Annotated, Any
 
@@ -36,7 +42,8 @@ def serve(
     A model is named by the last part of its path, loaded when first asked for (the others pause meanwhile), and runs
     several requests at a time: they join and leave between two tokens. Layers that forget tokens (sliding windows) run
     one request at a time. An adapter shares the weights of the model that it names as its base, or of MODEL, and runs
-    its requests apart from the base's. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0.
+    its requests apart from the base's. SIGTERM and Ctrl-C stop accepting, let running requests end, and exit with 0; a
+    second Ctrl-C does not wait for them.
     --memory counts weights, as stored and as laid out for the kernels; keys and values of running requests come on top.
 
     Raises:
@@ -66,11 +73,14 @@ def serve(
             if len(served) == 1:
                 engine.release(engine.use(served[0].name).result())
             address = f"http://{host}:{listening.getsockname()[1]}/v1"
-            print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
             app = build_app(engine, max_tokens, batch + queue)
-            _run(app, listening, drain)
+            server = _server(app, drain)
+            with _signals_to(server.handle_exit):
+                print(f"{address} serves {', '.join(engine.served)}", file=sys.stderr, flush=True)
+                server.run(sockets=[listening])
         finally:  # a thread that runs on would end the interpreter badly
-            engine.stop()
+            with _signals_to(_leave):
+                engine.stop()
     return {"address": address, "models": list(engine.served), "requests": app.state.gate.answered}
 
 
@@ -94,21 +104,43 @@ def _listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"port={port}: cannot listen at {host} ({error.strerror}); choose another.") from None
 
 
-def _run(app: Any, listening: socket.socket, drain: int) -> None:
+def _server(app: Any, drain: int) -> Any:
+    """A server that signals are handed to by `_signals_to`: the first ends it, after Ctrl-C a second does not wait."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            super().handle_exit(sig, frame)
-            self._captured_signals.clear()  # they have ended the server as they should, not the program
+        def capture_signals(self) -> Any:
+            return contextlib.nullcontext()
 
     async def drained(scope: Any, receive: Any, send: Any) -> None:
         try:
             await app(scope, receive, send)
         except asyncio.CancelledError:
             if not server.should_exit:
-                raise  # else the time to drain is over: the connection is closed, and no fault to be traced
+                raise
+            # Else the time to drain is over: the connection is closed, which is no fault to be told of.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
-    settings = {"log_level": "warning", "access_log": False, "interface": "asgi3"}
+    settings = {"log_level": "warning", "access_log": False, "interface": "asgi3", "lifespan": "off"}
     server = Server(uvicorn.Config(drained, timeout_graceful_shutdown=drain, **settings))
-    server.run(sockets=[listening])
+    return server
+
+
+@contextlib.contextmanager
+def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within it, in the main thread, SIGINT and SIGTERM call this and do nothing else."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handling in before.items():
+            signal.signal(number, handling)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Ends at once, whatever the engine is at: a model may be loading, and who asks again does not wait for it."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(128 + number)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -165,7 +166,10 @@ def test_a_text_ends_with_the_context(server):
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
-CHAT = {"messages": [{"role": "user", "content": "w1"}]}
+MESSAGE = {"role": "user", "content": "w1"}
+CHAT = {"messages": [MESSAGE]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+NO_TOOLS = "tools: model='tiny' has no templates that show it tools and read its calls; leave them out"
 CHAT_TEXT = '"messages": [{"role": "user", "content": "%s"}]'
 CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{"}}]}
 
@@ -186,6 +190,15 @@ CALL = {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments
         (400, "completions", {"prompt": "w1", "colour": 1}, "colour=1: is not served"),
         (400, "chat/completions", {"prompt": "w1"}, "messages: is missing"),
         (400, "chat/completions", {"messages": ["w1"]}, "messages[0]: must be an object with a role"),
+        (400, "chat/completions", {"messages": [{"content": "w1"}]}, "messages[0]: must be an object with a role"),
+        (400, "chat/completions", {"messages": [{**MESSAGE, "role": "w1"}]}, "messages[0].role='w1': must be"),
+        (400, "chat/completions", {"messages": [{**MESSAGE, "role": [1]}]}, "a role, one of system, developer, user,"),
+        (400, "chat/completions", {"messages": [{**MESSAGE, "tool_calls": 5}]}, "the text of a JSON object"),
+        (400, "chat/completions", {"messages": [MESSAGE, {**MESSAGE, "role": "tool"}]}, NO_TOOLS),
+        (400, "chat/completions", {**CHAT, "tools": [TOOL]}, NO_TOOLS),
+        (400, "chat/completions", {**CHAT, "tools": [{"function": {}}]}, "must be a list of objects, each of a"),
+        (400, "chat/completions", {**CHAT, "tools": "w1"}, "tools='w1': must be a list"),
+        (400, "chat/completions", {**CHAT, "chat_template_kwargs": {"messages": []}}, "messages: is not served"),
         (400, "chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages[0].content: must be"),
         (400, "chat/completions", {**CHAT, "stop": ""}, "stop='': must be a text that is not empty"),
         (400, "chat/completions", {**CHAT, "stream_options": {"every": 2}}, "must be an object of include_usage"),
@@ -310,6 +323,34 @@ def test_odd_characters(server, text):
         data = '{"max_tokens": 2, "temperature": 0, %s}' % (body % text)
         answer = requests.post(f"{server.address}/v1/{path}", data=data, timeout=30)
         assert answer.status_code == (400 if "d800" in text else 200), answer.text
+
+
+@pytest.mark.parametrize("body", ['{"prompt": "w1", "\\ud800": 1}', '{"prompt": "w1", "stop": ["\\udfff"]}'])
+def test_half_a_character_anywhere_is_refused(server, body):
+    answer = requests.post(f"{server.address}/v1/completions", data=body, timeout=30)
+    assert answer.status_code == 400 and "half a character" in answer.json()["error"]["message"]
+
+
+def test_tools_are_served_where_templates_show_them_and_read_the_calls(server, monkeypatch):
+    server.post("completions", prompt="w1", max_tokens=1)  # the model is there
+    tokenizer = server.engine.served[MODEL].tokenizer
+    shows = tokenizer.chat_template + "{% if tools %} w9{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", shows)
+    assert NO_TOOLS in server.post("chat/completions", **CHAT, tools=[TOOL]).text  # what it calls is not read
+    template = {"defaults": {"role": "assistant"}, "start_anchor": "w9", "fields": {"content": {"content": "text"}}}
+    monkeypatch.setattr(tokenizer, "response_template", template, raising=False)
+    answer = server.post("chat/completions", **CHAT, tools=[TOOL], max_tokens=2)
+    assert answer.json()["usage"]["prompt_tokens"] == 4, answer.text
+
+
+def test_a_developer_is_the_system_and_no_tool_calls_are_none(server):
+    def answer(*messages):
+        response = server.post("chat/completions", messages=[*messages, MESSAGE], max_tokens=3)
+        return response.json()["choices"][0]["message"]["content"]
+
+    said = {"role": "assistant", "content": "w3"}
+    assert answer({"role": "developer", "content": "w2"}) == answer({"role": "system", "content": "w2"})
+    assert answer({**said, "tool_calls": None}) == answer({**said, "tool_calls": []}) == answer(said)
 
 
 def test_fields_without_effect_are_taken(server):
@@ -467,6 +508,25 @@ def test_sigterm_lets_a_running_request_end(endless):
         assert json.loads(out)["requests"] == 1
         with pytest.raises(requests.ConnectionError):
             requests.get(f"{address}/models", timeout=5)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_interruption_does_not_wait(endless):
+    """For a request whose body never comes whole; no traceback, and the exit code is 0."""
+    command = [sys.executable, "-m", "hf_llmkernel", "serve", endless[0], "--port", "0", "--drain", "600"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        host, port = until_listening(process).removeprefix("http://").removesuffix("/v1").split(":")
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: tiny\r\nContent-Length: 9\r\n\r\n{")
+            for _ in range(2):
+                time.sleep(0.5)
+                assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == ""
     finally:
         process.kill()
         process.communicate()
