@@ -1,8 +1,7 @@
 """LoRA adapters of a served model: each is a tree of modules of its own over the model's weights, which are not copied.
 
-They are not merged. A merged copy would be as fast as its base (native steps cover no linear with an adapter beside it,
-so that torch runs the step and the kernels its packed linears), but it takes the base's memory again for each adapter,
-and rounds again where the base holds integers. Whoever wants that merges once and serves the result as a model.
+They are not merged: native steps take an adapter beside its linear, which costs little, while a merged copy would take
+the base's memory again for each adapter, and round again where the base holds integers.
 
 Reading order: what `--adapter` says -> an adapter that is served -> its folder -> attached to a model.
 """

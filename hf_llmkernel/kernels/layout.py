@@ -75,8 +75,10 @@ def dense_layout(weight: torch.Tensor) -> Layout | None:
     return Layout([kind, *weight.shape, weight.shape[1], 0, 0], weight.detach())
 
 
-def linear_of(first: Layout, second: Layout | None, bias: torch.Tensor | None) -> Linear:
-    """A linear, or a low-rank pair, with its fp32 bias; valid while all of these live."""
-    return Linear(
-        first.matrix(), Matrix() if second is None else second.matrix(), None if bias is None else bias.data_ptr()
-    )
+def linear_of(
+    first: Layout, second: Layout | None, bias: torch.Tensor | None, adapter: tuple[Layout, Layout] | None = None
+) -> Linear:
+    """A linear, or a low-rank pair, with its fp32 bias and an adapter's two factors; valid while all of these live."""
+    layouts = (first, second, *(adapter or (None, None)))
+    matrices = [Matrix() if layout is None else layout.matrix() for layout in layouts]
+    return Linear(*matrices, None if bias is None else bias.data_ptr())

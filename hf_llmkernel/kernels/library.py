@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-ABI = 4
+ABI = 5
 LIBRARY = Path(__file__).with_name("libllmkernel.so")
 NONE, F32, BF16, INT8, INT4, SPARSE_INT8, SPARSE_INT4, SPARSE_BF16 = range(8)  # llmk_kind
 TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 4}  # llmk_type
@@ -46,7 +46,10 @@ class Stored(ctypes.Structure):
 
 
 class Linear(ctypes.Structure):
-    _fields_ = [("first", Matrix), ("second", Matrix), ("bias", ctypes.c_void_p)]
+    _fields_ = [
+        *((name, Matrix) for name in ("first", "second", "adapter_a", "adapter_b")),
+        ("bias", ctypes.c_void_p),
+    ]
 
 
 class Layer(ctypes.Structure):

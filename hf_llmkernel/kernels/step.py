@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, StaticLayer
 
 from . import library
+from .adapters import Unplanned, adapter_layouts, adapter_settings, is_adapted
 from .cache import CACHES, roomy, start, static_place
 from .layout import Layout, dense_layout, linear_of, stored_weight
 from .library import ACTIVATIONS, NATIVE, TYPES, Layer, Linear, Model, Stored, check
@@ -35,10 +36,6 @@ CHANGING_ROTATIONS = ("dynamic", "longrope")  # their frequencies follow the len
 VERSION = operator.attrgetter("_version")
 CAPTURING = "transformers.utils.output_capturing"
 PLAIN_OPTIONS = ("use_cache", "return_dict", "logits_to_keep")
-
-
-class Unplanned(Exception):
-    """A model, or a part of it, that native steps do not cover; torch serves it."""
 
 
 @dataclass
@@ -98,6 +95,8 @@ class Watched:
         self.tensors = [value for value in self.values if isinstance(value, torch.Tensor)]
         self.has_versions = not any(tensor.is_inference() for tensor in self.tensors)
         self.states = self._states() if self.has_versions else None
+        self.adapted = [module for module in modules if is_adapted(module)]
+        self.adapters = list(map(adapter_settings, self.adapted))
 
     def _states(self) -> tuple[list[int], list[int]]:
         # In C loops: a token waits for this.
@@ -115,6 +114,8 @@ class Watched:
 
     def is_same(self) -> bool:
         if not all(map(operator.is_, map(dict.get, self.entries, self.names), self.values)):
+            return False
+        if self.adapters != list(map(adapter_settings, self.adapted)):
             return False
         return not self.has_versions or self.states == self._states()
 
@@ -401,11 +402,14 @@ def _floats(tensor: Any, plan: Plan) -> int:
 
 
 def _linear(module: Any, plan: Plan) -> Linear:
+    adapter = None
+    if is_adapted(module):
+        adapter, module = adapter_layouts(module), module.base_layer
     layouts = [_layout(factor) for factor in _factors(module)]
     plan.matrices += [(kind, rows * columns) for kind, rows, columns, *_ in (layout.description for layout in layouts)]
     bias = None if module.bias is None else module.bias.detach().float().contiguous()
-    plan.kept += [*layouts, bias]
-    return linear_of(layouts[0], layouts[1] if len(layouts) == 2 else None, bias)
+    plan.kept += [*layouts, bias, adapter]
+    return linear_of(layouts[0], layouts[1] if len(layouts) == 2 else None, bias, adapter)
 
 
 def _factors(module: Any) -> Iterator[Any]:

@@ -19,17 +19,32 @@
 namespace llmk {
 namespace {
 
-// Linears that take the same rows, with room for what is between the factors of those of a low rank.
+// A matrix that another takes the products of, and room for them.
+struct Inner {
+    const llmk_matrix* w;
+    float* y;  // [M, rank]
+};
+
+// Linears that take the same rows, and what comes before their last matrices: first factors of low ranks and of adapters.
 struct Stage {
     const llmk_linear* linear[3] = {};
     int count = 0;
-    float* middle[3] = {};  // [M, rank]
+    float* middle[3] = {};   // [M, rank] between the factors, where the rank is low
+    float* adapted[3] = {};  // the same of adapters
+    Inner inner[6] = {};
+    int inner_count = 0;
 
     void add(const llmk_linear& more, Arena& arena, int64_t m) {
-        if (is_low_rank(more)) middle[count] = arena.take<float>(m * more.first.rows);
+        if (is_low_rank(more)) middle[count] = add_inner(more.first, arena, m);
+        if (has_adapter(more)) adapted[count] = add_inner(more.adapter_a, arena, m);
         linear[count++] = &more;
     }
-    bool any_low_rank() const { return middle[0] != nullptr || middle[1] != nullptr || middle[2] != nullptr; }
+
+  private:
+    float* add_inner(const llmk_matrix& w, Arena& arena, int64_t m) {
+        inner[inner_count] = {&w, arena.take<float>(m * w.rows)};
+        return inner[inner_count++].y;
+    }
 };
 
 // What all threads see of a call.
@@ -59,30 +74,27 @@ int64_t wanted_chunks(const Step& step) { return step.threads * 4; }
 // `source()` gives the rows [M, columns] of a stage, made by this thread; it may be asked twice.
 template <class Source>
 void first_factors(Team& team, const Step& step, const Stage& stage, Source&& source) {
-    if (!stage.any_low_rank()) return;
+    if (stage.inner_count == 0) return;
     static thread_local Arena arena;
     InputSet inputs;
     int64_t total = 0;
-    for (int i = 0; i < stage.count; ++i)
-        if (stage.middle[i] != nullptr) total += blocks(stage.linear[i]->first);
+    for (int i = 0; i < stage.inner_count; ++i) total += blocks(*stage.inner[i].w);
     const auto prepare = [&] {
         arena.clear();
         const int64_t columns = stage.linear[0]->first.columns;
         inputs = InputSet(step.m, columns);
-        for (int i = 0; i < stage.count; ++i)
-            if (stage.middle[i] != nullptr) inputs.add(arena, stage.linear[i]->first);
+        for (int i = 0; i < stage.inner_count; ++i) inputs.add(arena, *stage.inner[i].w);
         inputs.read(source(), columns);
         inputs.fill(0, step.m);
     };
     const int64_t size = ceil_div(total, wanted_chunks(step));
     team.run(ceil_div(total, size), {}, prepare, [&](int64_t chunk) {
         int64_t begin = chunk * size, end = smaller(begin + size, total);
-        for (int i = 0; i < stage.count && begin < end; ++i) {
-            if (stage.middle[i] == nullptr) continue;
-            const llmk_matrix& w = stage.linear[i]->first;
+        for (int i = 0; i < stage.inner_count && begin < end; ++i) {
+            const llmk_matrix& w = *stage.inner[i].w;
             const int64_t here = smaller(end, blocks(w));
             if (begin < here) {
-                kernels().multiply(w, inputs.of(w), begin, here, stage.middle[i] + begin * kBlock, w.rows);
+                kernels().multiply(w, inputs.of(w), begin, here, stage.inner[i].y + begin * kBlock, w.rows);
                 begin = here;
             }
             begin -= blocks(w);
@@ -91,8 +103,8 @@ void first_factors(Team& team, const Step& step, const Stage& stage, Source&& so
     });
 }
 
-// The inputs of the last matrices of a stage, one set for those of one factor and one for each low rank.
-class LastInputs {
+// The last matrices of a stage and their inputs: one set for those of one factor, one for each low rank and each adapter.
+class LastFactors {
   public:
     template <class Source>
     void prepare(const Step& step, const Stage& stage, Arena& arena, Source&& source) {
@@ -101,28 +113,43 @@ class LastInputs {
         bool any_shared = false;
         for (int i = 0; i < stage.count; ++i) {
             const llmk_linear& linear = *stage.linear[i];
+            linear_[i] = &linear;
+            if (has_adapter(linear)) adapted_[i] = own(arena, step.m, linear.adapter_b, stage.adapted[i]);
             if (!is_low_rank(linear)) {
                 shared_.add(arena, linear.first);
                 any_shared = true;
                 continue;
             }
-            own_[i] = InputSet(step.m, linear.second.columns);
-            own_[i].add(arena, linear.second);
-            own_[i].read(stage.middle[i], linear.second.columns);
-            own_[i].fill(0, step.m);
+            inputs_[i] = own(arena, step.m, linear.second, stage.middle[i]);
         }
         if (any_shared) shared_.read(source(), columns);
         shared_.fill(0, step.m);
-        for (int i = 0; i < stage.count; ++i) {
-            const llmk_linear& linear = *stage.linear[i];
-            inputs_[i] = is_low_rank(linear) ? own_[i].of(linear.second) : shared_.of(linear.first);
-        }
+        for (int i = 0; i < stage.count; ++i)
+            if (!is_low_rank(*stage.linear[i])) inputs_[i] = shared_.of(stage.linear[i]->first);
     }
-    const Inputs& of(int i) const { return inputs_[i]; }
+
+    // Some blocks of a linear; `room` [M, rows of stride] is for what its adapter adds.
+    void multiply(int i, int64_t begin, int64_t end, float* sums, int64_t stride, float* room) const {
+        const llmk_linear& linear = *linear_[i];
+        kernels().multiply(last_matrix(linear), inputs_[i], begin, end, sums, stride);
+        if (!has_adapter(linear)) return;
+        kernels().multiply(linear.adapter_b, adapted_[i], begin, end, room, stride);
+        const int64_t rows = smaller(end * kBlock, linear.adapter_b.rows) - begin * kBlock;
+        for (int64_t m = 0; m < adapted_[i].rows; ++m) kernels().add(room + m * stride, nullptr, rows, sums + m * stride);
+    }
 
   private:
-    InputSet shared_, own_[3];
-    Inputs inputs_[3];
+    static Inputs own(Arena& arena, int64_t m, const llmk_matrix& w, const float* x) {
+        InputSet set(m, w.columns);
+        set.add(arena, w);
+        set.read(x, w.columns);
+        set.fill(0, m);
+        return set.of(w);
+    }
+
+    InputSet shared_;
+    const llmk_linear* linear_[3] = {};
+    Inputs inputs_[3], adapted_[3];
 };
 
 // What a thread reads of the last matrices of a stage that begins with this block of all.
@@ -140,15 +167,16 @@ template <class Source, class Done>
 void products(Team& team, const Step& step, const Stage& stage, Source&& source, Done&& done) {
     first_factors(team, step, stage, source);
     static thread_local Arena arena;
-    LastInputs inputs;
+    LastFactors factors;
     int64_t total = 0;
     for (int i = 0; i < stage.count; ++i) total += blocks(last_matrix(*stage.linear[i]));
     const int64_t size = smaller(ceil_div(total, wanted_chunks(step)), 128), stride = size * kBlock;
-    float* sums = nullptr;
+    float *sums = nullptr, *room = nullptr;
     const auto prepare = [&] {
         arena.clear();
         sums = arena.take<float>(step.m * stride);
-        inputs.prepare(step, stage, arena, source);
+        room = arena.take<float>(step.m * stride);
+        factors.prepare(step, stage, arena, source);
     };
     team.run(ceil_div(total, size), ahead_of(stage, team.first_chunk() * size), prepare, [&](int64_t chunk) {
         int64_t begin = chunk * size, end = smaller(begin + size, total);
@@ -156,7 +184,7 @@ void products(Team& team, const Step& step, const Stage& stage, Source&& source,
             const llmk_matrix& w = last_matrix(*stage.linear[i]);
             const int64_t here = smaller(end, blocks(w));
             if (begin < here) {
-                kernels().multiply(w, inputs.of(i), begin, here, sums, stride);
+                factors.multiply(i, begin, here, sums, stride, room);
                 done(i, begin * kBlock, smaller(here * kBlock, w.rows) - begin * kBlock, sums, stride);
                 begin = here;
             }
@@ -171,20 +199,21 @@ template <class Source, class Done>
 void paired_products(Team& team, const Step& step, const Stage& stage, Source&& source, Done&& done) {
     first_factors(team, step, stage, source);
     static thread_local Arena arena;
-    LastInputs inputs;
+    LastFactors factors;
     const int64_t total = blocks(last_matrix(*stage.linear[0])), rows = out_features(*stage.linear[0]);
     const int64_t size = smaller(ceil_div(total, wanted_chunks(step)), 128), stride = size * kBlock;
-    float* sums = nullptr;
+    float *sums = nullptr, *room = nullptr;
     const auto prepare = [&] {
         arena.clear();
         sums = arena.take<float>(2 * step.m * stride);
-        inputs.prepare(step, stage, arena, source);
+        room = arena.take<float>(step.m * stride);
+        factors.prepare(step, stage, arena, source);
     };
     team.run(ceil_div(total, size), ahead_of(stage, team.first_chunk() * size), prepare, [&](int64_t chunk) {
         const int64_t begin = chunk * size, end = smaller(begin + size, total);
         float* second = sums + step.m * stride;
-        kernels().multiply(last_matrix(*stage.linear[0]), inputs.of(0), begin, end, sums, stride);
-        kernels().multiply(last_matrix(*stage.linear[1]), inputs.of(1), begin, end, second, stride);
+        factors.multiply(0, begin, end, sums, stride, room);
+        factors.multiply(1, begin, end, second, stride, room);
         done(begin * kBlock, smaller(end * kBlock, rows) - begin * kBlock, sums, second, stride);
     });
 }

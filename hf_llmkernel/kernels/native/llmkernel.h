@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #define LLMK_API extern "C" __attribute__((visibility("default")))
-#define LLMK_ABI 4
+#define LLMK_ABI 5
 
 enum llmk_kind : int32_t {
     LLMK_NONE = 0,
@@ -55,11 +55,14 @@ struct llmk_stored {
     const uint8_t* zeros;
 };
 
-// y = x Wᵀ + bias; of a low rank, y = (x Aᵀ) Bᵀ + bias with A in `first` and B in `second`.
+// y = x Wᵀ + bias; of a low rank, y = (x Aᵀ) Bᵀ + bias with A in `first` and B in `second`. What an adapter adds is
+// (x adapter_aᵀ) adapter_bᵀ, its scaling within adapter_b; `llmk_apply` takes none.
 struct llmk_linear {
     llmk_matrix first;
     llmk_matrix second;  // LLMK_NONE where there is one factor
-    const float* bias;   // NULL where there is none
+    llmk_matrix adapter_a;  // floating; LLMK_NONE where there is no adapter
+    llmk_matrix adapter_b;
+    const float* bias;  // NULL where there is none
 };
 
 struct llmk_layer {

@@ -26,6 +26,7 @@ struct Call {
 // For calls of few rows.
 void decode(const Call& call);
 
+inline bool has_adapter(const llmk_linear& linear) { return linear.adapter_a.kind != LLMK_NONE; }
 inline bool is_low_rank(const llmk_linear& linear) { return linear.second.kind != LLMK_NONE; }
 inline const llmk_matrix& last_matrix(const llmk_linear& linear) { return is_low_rank(linear) ? linear.second : linear.first; }
 inline int64_t out_features(const llmk_linear& linear) { return last_matrix(linear).rows; }

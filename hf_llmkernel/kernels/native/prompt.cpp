@@ -17,27 +17,46 @@ namespace {
 constexpr int64_t kRunRows = 512;     // memory against how often weights are read
 constexpr int64_t kQueryTokens = 32;  // of a chunk of attention
 
-// Linears that take the same rows: these as tiles, and what is between the factors of a low rank.
+// What is between two factors, of a low rank or of an adapter.
+struct Inner {
+    const llmk_matrix* w = nullptr;  // the first one
+    float* y = nullptr;              // [M, rank]
+    TileSet tiles;                   // the same to the second
+    Inner() = default;
+    Inner(Arena& arena, int64_t rows, bool rounds, const llmk_matrix& first, const llmk_matrix& second)
+        : w(&first), y(arena.take<float>(rows * first.rows)), tiles(rows, first.rows, rounds) {
+        tiles.add(arena, second);
+    }
+};
+
+// Linears that take the same rows: these as tiles, and what comes before their last matrices.
 struct Stage {
     const llmk_linear* linear[3] = {};
     int count = 0;
-    TileSet outer, inner[3];
-    float* middle[3] = {};  // [M, rank]
+    TileSet outer;
+    Inner low_rank[3], adapter[3];  // where there is one
 
     Stage() = default;
     Stage(Arena& arena, int64_t rows, bool rounds, std::initializer_list<const llmk_linear*> linears) {
         outer = TileSet(rows, (*linears.begin())->first.columns, rounds);
         for (const llmk_linear* more : linears) {
             outer.add(arena, more->first);
-            if (is_low_rank(*more)) {
-                middle[count] = arena.take<float>(rows * more->first.rows);
-                inner[count] = TileSet(rows, more->first.rows, rounds);
-                inner[count].add(arena, more->second);
+            if (is_low_rank(*more)) low_rank[count] = Inner(arena, rows, rounds, more->first, more->second);
+            if (has_adapter(*more)) {
+                outer.add(arena, more->adapter_a);
+                adapter[count] = Inner(arena, rows, rounds, more->adapter_a, more->adapter_b);
             }
             linear[count++] = more;
         }
     }
-    Factor last(int i) const { return {&last_matrix(*linear[i]), is_low_rank(*linear[i]) ? &inner[i] : &outer}; }
+    Factor last(int i) const {
+        Factor factor{&last_matrix(*linear[i]), is_low_rank(*linear[i]) ? &low_rank[i].tiles : &outer};
+        if (has_adapter(*linear[i])) {
+            factor.added = &linear[i]->adapter_b;
+            factor.added_x = &adapter[i].tiles;
+        }
+        return factor;
+    }
 };
 
 struct LayerStages {
@@ -80,19 +99,19 @@ struct Run {
 template <class Source>
 void fill_stage(Team& team, const Stage& stage, int64_t rows, Source&& source) {
     run_rows(team, rows, [&](int64_t row) { stage.outer.fill_row(row, source(row)); });
-    Factor factors[3];
-    int at[3], count = 0;
-    for (int i = 0; i < stage.count; ++i) {
-        if (stage.middle[i] == nullptr) continue;
-        factors[count] = {&stage.linear[i]->first, &stage.outer};
-        at[count++] = i;
-    }
+    Factor factors[6];
+    const Inner* inner[6];
+    int count = 0;
+    for (int i = 0; i < stage.count; ++i)
+        for (const Inner* each : {&stage.low_rank[i], &stage.adapter[i]})
+            if (each->w != nullptr) {
+                factors[count] = {each->w, &stage.outer};
+                inner[count++] = each;
+            }
     if (count == 0) return;
-    multiply_tiles(team, factors, count, [&](int i, const Part& part) {
-        copy_part(part, stage.middle[at[i]], stage.linear[at[i]]->first.rows);
-    });
+    multiply_tiles(team, factors, count, [&](int i, const Part& part) { copy_part(part, inner[i]->y, inner[i]->w->rows); });
     run_rows(team, rows, [&](int64_t row) {
-        for (int i = 0; i < count; ++i) stage.inner[at[i]].fill_row(row, stage.middle[at[i]] + row * stage.linear[at[i]]->first.rows);
+        for (int i = 0; i < count; ++i) inner[i]->tiles.fill_row(row, inner[i]->y + row * inner[i]->w->rows);
     });
 }
 

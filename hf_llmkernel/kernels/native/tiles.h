@@ -111,7 +111,7 @@ class TileSet {
     int64_t rows_ = 0, columns_ = 0;
     bool rounds_ = true;
     int count_ = 0;
-    Form forms_[3];  // of the matrices that take the same rows, at most three
+    Form forms_[5];  // of the matrices that take the same rows: integers of at most three groupings, words, floats
 };
 
 // Runs `row(i)` for all rows, some at a time.
@@ -137,10 +137,12 @@ inline void copy_part(const Part& part, float* y, int64_t outputs) {
                     static_cast<size_t>(part.outputs) * sizeof(float));
 }
 
-// A matrix and the rows that it multiplies.
+// A matrix and the rows that it multiplies, and another of as many rows that is added to it.
 struct Factor {
     const llmk_matrix* w;
     const TileSet* x;
+    const llmk_matrix* added = nullptr;
+    const TileSet* added_x = nullptr;
 };
 
 // Parts of products: a run of blocks goes through all tiles before the next, so that weights are read once.
@@ -150,11 +152,17 @@ class PartsOf {
         : factor_(factor), tiles_(factor.x->tiles()), blocks_(blocks(*factor.w)),
           size_(larger(1, smaller(16, ceil_div(blocks_ * tiles_, threads * 4)))) {}
     int64_t count() const { return tiles_ * ceil_div(blocks_, size_); }
-    Part multiply(int64_t index, float* sums) const {
+    // `room` is as large as `sums`.
+    Part multiply(int64_t index, float* sums, float* room) const {
         const int64_t tile = index % tiles_, first = index / tiles_ * size_, end = smaller(first + size_, blocks_);
         const Tile x = factor_.x->of(*factor_.w, tile);
         kernels().multiply_tile(*factor_.w, x, first, end, sums, size_ * kBlock);
         const int64_t rows = smaller(end * kBlock, factor_.w->rows);
+        if (factor_.added != nullptr) {
+            kernels().multiply_tile(*factor_.added, factor_.added_x->of(*factor_.added, tile), first, end, room, size_ * kBlock);
+            for (int64_t i = 0; i < x.rows; ++i)
+                kernels().add(room + i * size_ * kBlock, nullptr, rows - first * kBlock, sums + i * size_ * kBlock);
+        }
         return {tile * kTile, x.rows, first * kBlock, rows - first * kBlock, sums, size_ * kBlock};
     }
 
@@ -174,12 +182,12 @@ void multiply_tiles(Team& team, const Factor* factors, int count, Done&& done) {
     for (int i = 0; i < count; ++i) total += PartsOf(factors[i], team.threads()).count();
     const auto prepare = [&] {
         arena.clear();
-        sums = arena.take<float>(kMostSums);
+        sums = arena.take<float>(2 * kMostSums);
     };
     team.run(total, {}, prepare, [&](int64_t index) {
         for (int i = 0; i < count; ++i) {
             const PartsOf parts(factors[i], team.threads());
-            if (index < parts.count()) return done(i, parts.multiply(index, sums));
+            if (index < parts.count()) return done(i, parts.multiply(index, sums, sums + kMostSums));
             index -= parts.count();
         }
     });
@@ -193,11 +201,12 @@ void multiply_paired_tiles(Team& team, const Factor* factors, Done&& done) {
     const PartsOf parts(factors[0], team.threads()), others(factors[1], team.threads());
     const auto prepare = [&] {
         arena.clear();
-        sums = arena.take<float>(2 * kMostSums);
+        sums = arena.take<float>(3 * kMostSums);
     };
     team.run(parts.count(), {}, prepare, [&](int64_t index) {
-        const Part first = parts.multiply(index, sums);
-        done(first, others.multiply(index, sums + kMostSums));
+        float* room = sums + 2 * kMostSums;
+        const Part first = parts.multiply(index, sums, room);
+        done(first, others.multiply(index, sums + kMostSums, room));
     });
 }
 
