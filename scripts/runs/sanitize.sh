@@ -11,7 +11,6 @@ make_environment test
 copy="$(mktemp -d)"
 trap 'rm -rf "$copy"' EXIT
 cp -r "$ROOT"/{hf_llmkernel,tests,scripts,pyproject.toml} "$copy"
-rm -f "$copy/hf_llmkernel/kernels/libllmkernel.so"
 cd "$copy"
 export PYTHONPATH="$copy"
 g++ -std=c++17 -O1 -g -fsanitize=thread -I hf_llmkernel/kernels/native scripts/runs/pool_stress.cpp \
@@ -27,6 +26,7 @@ under() {
 
 # test_under LIBRARIES FLAGS: builds the kernels with these flags and runs their tests.
 test_under() {
+    rm -f hf_llmkernel/kernels/libllmkernel.so  # of other flags it would be up to date
     CXX=g++ CXXFLAGS="-O1 -g $2" "$PYTHON" -m hf_llmkernel.kernels.build
     # The tests left out compile or train; nothing of them is native.
     under "$1" "$PYTHON" -m pytest tests/kernels -q -s -p no:cacheprovider \
