@@ -1,5 +1,7 @@
 """The commands `convert` and `export`."""
 
+import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,11 +97,12 @@ render_export = render_convert
 
 
 def parse_size(size: str, name: str = "max_shard_size") -> int:
-    """Bytes of a size such as `5GB`, `500MB` or `123`. Raises `ValueError`, with the option's name, for other text."""
+    """Bytes of a size such as `5GB`, `1.5 GB` or `123`. Raises `ValueError`, with the option's name, for other text."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "": 1}
     text = size.strip().upper()
-    digits = text.rstrip("GMKB")
-    unit = text[len(digits) :]
-    if not digits.isdigit() or int(digits) < 1 or unit not in units:
+    number = text.rstrip("GMKB")
+    unit = text[len(number) :]
+    is_number = re.fullmatch(r"[0-9]+(\.[0-9]+)? ?", number) is not None
+    if not is_number or unit not in units or (found := int(Decimal(number) * units[unit])) < 1:
         raise ValueError(f"{name}={size}: is not a size; give one such as 5GB or 500MB.")
-    return int(digits) * units[unit]
+    return found

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders or Hub ids; the first is compared to.")],
-    prefill: Annotated[str, typer.Option(help="Tokens of prompts that are computed at once.")] = "128,512,2048",
-    batch: Annotated[str, typer.Option(help="Sequences that are decoded together.")] = "1,8",
+    prefill: Annotated[
+        str, typer.Option(help="Tokens of prompts that are computed at once; '' for none.")
+    ] = "128,512,2048",
+    batch: Annotated[str, typer.Option(help="Sequences that are decoded together; '' for none.")] = "1,8",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens before those that are decoded.")] = 32,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens that are decoded.")] = 32,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
-    seconds: Annotated[float, typer.Option(help="No round but the first begins later than this.")] = 300.0,
+    seconds: Annotated[float, typer.Option(min=0.0, help="No round but the first begins later than this.")] = 300.0,
     dtype: Annotated[
         str, typer.Option(help="To compute in: auto (the faster one here), float32, bfloat16, float16.")
     ] = "auto",

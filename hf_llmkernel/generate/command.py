@@ -45,13 +45,21 @@ def generate(
     cache: CacheKind = "full",
     draft: Drafts = None,
     memory: Annotated[
-        str | None, typer.Option(help="Most that the process may take, as in 1.5GB: what does not fit is read again.")
+        str | None,
+        typer.Option(
+            help="Most that the process may take, as in 1.5GB: what does not fit is read again. Not with --dtype or "
+            "--prompts; with one --draft at most."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Instead of PROMPT: a .txt file of one a line, or .jsonl of prompt or messages.")
+        Path | None,
+        typer.Option(
+            help="Instead of PROMPT: a .txt file of one a line, or .jsonl of prompt or messages. Not with --memory, "
+            "--cache or --draft."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="With prompts: the new .jsonl file, a line a prompt.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="With prompts: sequences that are decoded together.")] = 8,
+    output: Annotated[Path | None, typer.Option(help="With --prompts: the new .jsonl file, a line a prompt.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="With --prompts: sequences that are decoded together.")] = 8,
 ) -> dict[str, Any]:
     """Continue a prompt, or answer it where the model has a chat template, and stream the text.
 
@@ -76,7 +84,9 @@ def generate(
 
         options = {"max_new_tokens": max_new_tokens, **sampling}
         return generate_prompts(model, prompts, output, batch, chat, seed, dtype, **options)
-    if prompt is None or output is not None:
+    if output is not None:
+        raise ValueError(f"output={output}: is for the texts of --prompts; leave it out, or send the text there by >.")
+    if prompt is None:
         raise ValueError("PROMPT: is missing; give a text, or a file of them with --prompts and --output.")
     if draft and memory is not None:
         from .drafts import load_beside

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from transformers import DynamicCache
 
+from ..evaluate.table import size
 from ..kernels import library
 from ..kernels.step import crop
 from .sampling import GREEDY
@@ -64,18 +66,34 @@ def load_beside(model: str, dtype: str, memory: str, drafts: Sequence[str]) -> t
     """A model within what memory a draft leaves, its tokenizer, and the draft.
 
     Raises:
-        ValueError: as `load_draft` and `load_within`, or several drafts.
+        ValueError: as `load_draft` and `load_within`, several drafts, or one that does not fit.
     """
+    from ..convert.command import parse_size
     from .command import load, load_within
 
     if len(drafts) > 1:
         raise ValueError(f"draft: with memory there is one, not {len(drafts)}; name the one.")
+    check_room(drafts[0], parse_size(memory, "memory"))
     loaded, own = load(drafts[0])
     draft: Any = loaded
     draft.generate(torch.zeros(1, 1, dtype=torch.long), max_new_tokens=1, **GREEDY)  # lays out its weights
     network, tokenizer = load_within(model, dtype, memory)
     check_vocabulary(network, tokenizer, draft, own, drafts[0])
     return network, tokenizer, draft
+
+
+def check_room(draft: str, memory_bytes: int) -> None:
+    """Raises `ValueError` where the files of a draft, which stays in memory, are beyond what the process may take."""
+    from ..evaluate import inspect
+    from ..evaluate.source import model_folder
+
+    needed = inspect(model_folder(draft)).bytes_on_disk or 0
+    left = memory_bytes - psutil.Process().memory_info().rss
+    if needed > left:
+        raise ValueError(
+            f"draft={draft}: takes {size(needed)}, memory={size(memory_bytes)} leaves {size(max(left, 0))} beside the "
+            "interpreter; allow more, or leave the draft out."
+        )
 
 
 def chosen_draft(network: Any, tokenizer: Any, drafts: Sequence[str], inputs: Mapping[str, torch.Tensor]) -> Any:

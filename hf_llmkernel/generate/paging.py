@@ -23,10 +23,12 @@ from transformers import GenerationConfig
 
 from ..checkpoint.header import StoredTensor
 from ..checkpoint.model_folder import ModelFolder
+from ..evaluate.table import size
 from ..model.modeling_llm_kernel import LLMKernelForCausalLM, LLMKernelRotaryEmbedding
 
 ALIGNMENT = 4096  # of addresses, offsets and lengths that go past the page cache
 CHUNK_BYTES = 16 << 20
+LEAST_UNIT = 10**7  # in which the least memory is told: what the interpreter takes is another every time
 RESERVE_BYTES = 96 << 20  # activations, keys and values, and what a product needs
 
 
@@ -100,10 +102,10 @@ def pinned_blocks(block_bytes: list[int], top_bytes: int, memory_bytes: int) -> 
         return len(block_bytes)
     free -= 2 * (max(block_bytes) + 2 * ALIGNMENT)
     if free < 0:
-        least = (memory_bytes - free) / 1e9
+        least = -(-(memory_bytes - free) // LEAST_UNIT) * LEAST_UNIT
         raise ValueError(
-            f"memory={memory_bytes / 1e9:.2f} GB: the interpreter, the embedding and two blocks take {least:.2f} GB; "
-            "allow that, or compress the checkpoint."
+            f"memory={size(memory_bytes)}: the interpreter with what it has loaded, the embedding and two blocks need "
+            f"{least // 10**6}MB; allow that, or compress the checkpoint."
         )
     pinned = 0
     while sum(block_bytes[: pinned + 1]) <= free:

@@ -46,11 +46,15 @@ def generate_prompts(
         options: `max_new_tokens` and what `generate()` samples by.
 
     Raises:
-        ValueError: a file that is none of these, a prompt that leaves no room in the context, an output in the way.
+        ValueError: a file that is none of these, a prompt that leaves no room in the context, an output in the way, or
+            in a folder that is not there.
     """
     asked = read_prompts(prompts)
     if output.exists():
         raise ValueError(f"output={output}: exists; choose another file or remove it.")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        fault = "cannot be written to" if output.parent.is_dir() else "is no folder"
+        raise ValueError(f"output={output}: {output.parent} {fault}; make it, or choose another.")
     started = time.monotonic()
     processes.join()
     run = {"model": model, "prompts": asked, "batch": batch, "chat": chat, "seed": seed, "dtype": dtype, **options}

@@ -8,12 +8,18 @@ CACHES = {"full": None, "int8": 8, "int4": 4}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, above 0 samples.")]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")]
-Seed = Annotated[int, typer.Option(help="Of the sampling.")]
+TopP = Annotated[
+    float, typer.Option(help="Sample among the likeliest tokens of this total probability; needs --temperature.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the sampling.")]
 Dtype = Annotated[str, typer.Option(help=f"Compute dtype: {', '.join(DTYPES)}; auto is the checkpoint's.")]
 Drafts = Annotated[
     list[str] | None,
-    typer.Option("--draft", help="A compressed copy that writes ahead of the model; of several the one that pays."),
+    typer.Option(
+        "--draft",
+        help="A compressed copy that writes ahead of the model; of several the one that pays. Not with --temperature "
+        "or --cache.",
+    ),
 ]
 CacheKind = Annotated[str, typer.Option(help=f"Keys and values of past tokens: {', '.join(CACHES)}.")]
 

@@ -100,15 +100,23 @@ class Paths:
             _file().parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as file:
                 json.dump(content, file)
-            os.replace(file.name, _file())
+            try:
+                os.replace(file.name, _file())
+            except OSError:  # a folder is in its place
+                os.unlink(file.name)
+                raise
 
 
 def _is_table(content: Any) -> bool:
     return isinstance(content, dict) and all(
         isinstance(table, dict)
-        and all(isinstance(entry, list) and len(entry) == 2 and min(entry) > 0 for entry in table.values())
+        and all(isinstance(entry, list) and len(entry) == 2 and all(map(_is_time, entry)) for entry in table.values())
         for table in content.values()
     )
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def _file() -> Path:

@@ -13,6 +13,7 @@ from hf_llmkernel import LLMKernelConfig, LLMKernelForCausalLM, kernels
 from hf_llmkernel.checkpoint import CheckpointReader
 from hf_llmkernel.cli import main
 from hf_llmkernel.convert import convert_checkpoint, export_checkpoint
+from hf_llmkernel.convert.command import parse_size
 from hf_llmkernel.convert.families import describe_form
 from hf_llmkernel.model.configuration_llm_kernel import LinearForm
 
@@ -323,3 +324,11 @@ def test_the_command(tmp_path, capfd):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert main(["convert", str(tmp_path / "source"), str(tmp_path / "x"), "--max-shard-size", "big"]) == 2
     assert "error: max_shard_size=big: is not a size; give one such as 5GB" in capfd.readouterr().err
+
+
+def test_sizes_may_have_decimals():
+    for size, taken in (("1.5GB", 1_500_000_000), (" 2 mb ", 2_000_000), ("0.5KB", 500), ("7", 7)):
+        assert parse_size(size) == taken
+    for size in ("0.5", "0", "-1GB", "1e3", "1.GB", "GB", "1GBMB", ""):
+        with pytest.raises(ValueError, match="is not a size; give one such as 5GB"):
+            parse_size(size)

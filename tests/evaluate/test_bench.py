@@ -123,6 +123,11 @@ def test_bad_lists(saved, options, message):
         bench([str(saved / "llama")], **options)
 
 
+def test_no_negative_time(saved, capfd):
+    assert cli.main(["bench", str(saved / "llama"), "--seconds", "-5"]) == 2
+    assert capfd.readouterr().err.startswith("error: Invalid value for '--seconds': ")
+
+
 def test_a_model_is_measured_for_real(saved, capfd):
     command = ["bench", str(saved / "llama"), "--prefill", "16", "--batch", "2", "--new-tokens", "4", "--repeats", "1"]
     assert cli.main([*command, "--threads", "1", "--dtype", "float32", "--seconds", "0", "--json"]) == 0

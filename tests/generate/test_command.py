@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,6 +86,8 @@ def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
         generate(model, "w1", dtype="int3")
     with pytest.raises(ValueError, match="prompt='': has no tokens"):
         generate(model, "", chat=False)
+    with pytest.raises(ValueError, match="output=text: is for the texts of --prompts; leave it out"):
+        generate(model, "w1", output=Path("text"))
     with pytest.raises(ValueError, match="no such folder"):
         generate(str(tmp_path / "absent"), "w1")
     AutoModelForCausalLM.from_pretrained(model).save_pretrained(tmp_path)
@@ -100,8 +104,9 @@ def test_with_little_memory_the_text_is_the_same(tmp_path, tiny_checkpoint, gree
     with pytest.raises(ValueError, match="is no folder of this family, which memory takes; use llmkernel convert"):
         generate(str(tmp_path), "w1", memory="4GB")
     ours = str(tiny_checkpoint)
-    with pytest.raises(ValueError, match=r"memory=0.00 GB: the interpreter, the embedding and two blocks take"):
+    with pytest.raises(ValueError, match=r"memory=1.00 MB: the interpreter with .* need \d+0MB; allow that") as error:
         generate(ours, "w1", memory="1MB")
+    assert generate(ours, "w1", 2, memory=re.search(r"need (\d+MB)", str(error.value))[1])["tokens"]
     with pytest.raises(ValueError, match="dtype=float32: with memory the checkpoint's own is computed in"):
         generate(ours, "w1", memory="4GB", dtype="float32")
     monkeypatch.setattr("hf_llmkernel.generate.paging.pinned_blocks", lambda *sizes: 0)

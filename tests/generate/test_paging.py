@@ -84,7 +84,7 @@ def test_what_fits_is_pinned(monkeypatch):
     monkeypatch.setattr(paging, "ALIGNMENT", 0)
     sizes = [100, 50, 100, 100]
     assert [pinned_blocks(sizes, 20, memory) for memory in (1370, 1369, 1319, 1220)] == [4, 1, 0, 0]
-    with pytest.raises(ValueError, match=r"memory=0.00 GB: the interpreter, the embedding and two blocks take 0.00 GB"):
+    with pytest.raises(ValueError, match=r"memory=1.22 kB: the interpreter .*, the embedding and two blocks need 10MB"):
         pinned_blocks(sizes, 20, 1219)
 
 

@@ -128,6 +128,14 @@ def test_bad_input_is_one_line(tmp_path, tiny_checkpoint, capsys, name, content,
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+def test_a_folder_to_write_to_is_needed_before_the_model_is_loaded(tmp_path, file, capsys):
+    for folder, fault in ((tmp_path / "absent", "is no folder"), (file, "is no folder")):
+        given = ["generate", str(tmp_path / "model"), "--prompts", str(file), "--output", str(folder / "out.jsonl")]
+        assert cli.main(given) == 2
+        expected = f"error: output={folder / 'out.jsonl'}: {folder} {fault}; make it, or choose another.\n"
+        assert capsys.readouterr().err == expected
+
+
 def test_something_to_write_to_and_to_read_is_needed(tmp_path, tiny_checkpoint, file):
     with pytest.raises(ValueError, match="output: is missing"):
         generate(str(tiny_checkpoint), prompts=file)

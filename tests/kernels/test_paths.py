@@ -61,11 +61,22 @@ def test_instruction_sets_and_threads_have_entries_of_their_own(level, measured,
     assert all(f", {level}, " in key for key in json.loads(cache.read_text()))
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', '{"a": {"b": [1]}}', '{"a": {"b": [0, 1]}}', "\\xff"])
+NONE = ["", "[]", '{"a": 1}', "\\xff", '{"a": null}', '{"a": {"b": null}}']
+NONE += [f'{{"a": {{"b": {entry}}}}}' for entry in ("[1]", "[0, 1]", "[null, 1]", '["1", 1]', "[true, 1]", "[1, NaN]")]
+
+
+@pytest.mark.parametrize("content", NONE)
 def test_a_file_that_is_none_is_made_anew(measured, cache, content):
     cache.write_text(content)
     assert Paths().takes(library.INT8, 256, 256, 1)
     assert len(json.loads(cache.read_text())) == 1
+
+
+def test_a_folder_in_the_place_of_the_file_is_left_alone(measured, cache):
+    cache.mkdir()
+    table = Paths()
+    assert table.takes(library.INT8, 256, 256, 1) and table.takes(library.INT8, 256, 256, 1)
+    assert len(measured) == 1 and list(cache.parent.iterdir()) == [cache]
 
 
 def test_where_nothing_can_be_written_this_process_knows(measured, cache, monkeypatch):
