@@ -9,6 +9,7 @@ Reading order: what `--adapter` says -> an adapter that is served -> its folder 
 import copy
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ SETTINGS = {
     "use_dora",
     "use_rslora",
 }
+# peft imports bitsandbytes, which on a processor with AVX512-BF16 asks for a package that no adapter here needs.
+HINTING, HINT = "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward"
 INITIALIZATIONS = (True, False, "gaussian", "orthogonal", "eva")  # of the others some write into the base's weights
 
 
@@ -164,6 +167,7 @@ def attach(network: Any, folder: Path, base: str) -> Any:
     Raises:
         ValueError: an adapter that cannot be read, or whose tensors are not those that the model takes.
     """
+    logging.getLogger(HINTING).addFilter(_is_no_hint)
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 
     check_settings(folder, read_settings(folder), LoraConfig())
@@ -184,3 +188,7 @@ def attach(network: Any, folder: Path, base: str) -> Any:
         for module in network.modules():
             module.training = False
     return network
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(HINT)

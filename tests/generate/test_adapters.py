@@ -1,6 +1,7 @@
 """LoRA adapters that are served beside the model whose weights they share, against peft's own model."""
 
 import json
+import logging
 import shutil
 import threading
 
@@ -266,3 +267,13 @@ def test_bad_usage_is_one_line(folders, capfd, monkeypatch):
     monkeypatch.setattr("hf_llmkernel.generate.adapters.is_peft_available", lambda: False)
     assert cli.main(["serve", model, "--adapter", red]) == 2
     assert "pip install 'hf_llmkernel[peft]'" in capfd.readouterr().err
+
+
+def test_what_bitsandbytes_asks_for_as_peft_imports_it_is_not_said(tmp_path, caplog):
+    """By the logger that asks, on a processor with AVX512-BF16; all else that it says is heard."""
+    with pytest.raises(ValueError, match="cannot be read"):
+        attach(None, tmp_path, MODEL)
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please", "No module")
+    logger.warning("something else")
+    assert caplog.messages == ["something else"]
