@@ -107,7 +107,7 @@ class QuantizeCommand(ReportingCommand):
 
     def work(self, given: dict[str, Any]) -> tuple[dict[str, Any], str]:
         from .compress.check import check_places
-        from .compress.command import stage_line
+        from .compress.command import stage_line, underflow_lines
         from .compress.optimum_quantize import LLMKernelQuantizationConfig, LLMKernelQuantizer
         from .compress.pipeline import read_record
 
@@ -117,8 +117,9 @@ class QuantizeCommand(ReportingCommand):
         quantizer = LLMKernelQuantizer.from_pretrained(given["model"])
         done = quantizer.quantize(given["output"], quantization_config=LLMKernelQuantizationConfig(**settings))
         reached = f"{done.measured_bytes} bytes, {done.measured_bits_per_weight:.4g} bits a weight in the linears"
-        stages = read_record(given["output"])["stages"]
-        lines = [*map(stage_line, stages), f"{given['output']}: {reached}"]
+        record = read_record(given["output"])
+        stages = record["stages"]
+        lines = [*map(stage_line, stages), *underflow_lines(record["notes"]), f"{given['output']}: {reached}"]
         return {**done.to_dict(), "stages": stages}, "\n".join(lines)
 
 

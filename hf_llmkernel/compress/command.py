@@ -43,7 +43,7 @@ def _render_plan(plan: dict[str, Any]) -> str:
         about = "about " if stage["estimated"] else ""
         sizes = [f"{about}{count(stage['parameters'])}", f"{about}{size(stage['weight_bytes'])}"]
         expected = "expected: " if stage["estimated"] else ""
-        rows.append([stage_name(stage), *sizes, expected + "; ".join(map(result_text, stage["result"]))])
+        rows.append([stage_name(stage), *sizes, expected + results_text(stage)])
     table = text_table(["stage", "parameters", "weights", "layers"], rows, "lrrl")
     end = (
         f"{plan['sweeps']} walks over the blocks, about {plan['seconds']:.0f} s; memory about "
@@ -64,6 +64,7 @@ def _render_run(result: dict[str, Any]) -> str:
     lines.append(f"{result['output']}: {written} of weights in {result['seconds']:.0f} s ({spent}), {memory} of memory")
     if fallbacks := [note for note in result["notes"] if "dampening" in note]:
         lines.append(f"dampening was raised in {len(fallbacks)} solves, the first in layer {fallbacks[0]['layer']}")
+    lines += underflow_lines(result["notes"])
     if lost := result["precision"]:
         counts = ", ".join(f"{lost[kind]} {kind}" for kind in ("overflowed", "underflowed", "subnormal"))
         lines.append(f"{lost['dtype']}: of {lost['values']} values {counts}; by tensor in precision.json")
@@ -71,9 +72,28 @@ def _render_run(result: dict[str, Any]) -> str:
     return "\n\n".join(["\n".join(lines), *report])
 
 
+def underflow_lines(notes: list[dict[str, Any]]) -> list[str]:
+    """How many values a quantization made zero, as their groups would need smaller scales than there are."""
+    found = [note for note in notes if "underflowed" in note]
+    if not found:
+        return []
+    first, count = found[0], sum(note["underflowed"] for note in found)
+    return [
+        f"{first['stage']}: {count} values became zero, as {first['scale_dtype']} has no scale so small, the first in "
+        f"layer {first['layer']}, {first['matrix']}; scale_dtype bfloat16 has"
+    ]
+
+
 def stage_line(stage: dict[str, Any]) -> str:
     """What a stage decided and reached."""
-    return f"{stage_name(stage)}: {decided(stage)}{'; '.join(map(result_text, stage['result']))}"
+    return f"{stage_name(stage)}: {decided(stage)}{results_text(stage)}"
+
+
+def results_text(stage: dict[str, Any]) -> str:
+    """All that a stage reached, the embedding and the head too, which no layer's result names."""
+    ends = stage[stage_name(stage)].get("embeddings")
+    results = [result for result in stage["result"] if not (ends and result.get("matrices") == [])]
+    return "; ".join([*map(result_text, results), *(["embedding and head"] if ends else [])])
 
 
 def decided(stage: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from .block import LINEARS
 from .check import check_places
 from .optimum_bases import CheckpointQuantizer, RecipeConfig, given
 from .pipeline import compress
-from .quantize.stage import METHODS
+from .quantize.stage import METHODS, remedy_for
 from .recipe import Recipe
 
 BITSANDBYTES = {f"bnb-{quant_type}": quant_type for quant_type in QUANT_TYPES}
@@ -80,7 +80,9 @@ class LLMKernelQuantizationConfig(RecipeConfig):
             return
         known = [*METHODS, *BITSANDBYTES]
         if self.method not in known:
-            raise ValueError(f"method={self.method!r}: must be one of {known}.")
+            raise ValueError(f"method={self.method!r}: must be one of {known}{remedy_for(self.method)}.")
+        if isinstance(self.group_size, int) and self.group_size < 1 and self.group_size != PER_ROW:
+            raise ValueError(f"group_size={self.group_size}: must be at least 1, or {PER_ROW} for one scale a row.")
         self._check_names()
         if not isinstance(self.settings, dict | None):
             raise ValueError(f"settings={self.settings!r}: must be a table, such as {{'act_order': True}}.")
@@ -90,6 +92,17 @@ class LLMKernelQuantizationConfig(RecipeConfig):
             self._check_bitsandbytes()
         elif self.bits is None:
             raise ValueError("bits: is missing; give --bits 8 or 4, or bits: 8 or 4 in a recipe.")
+        self._check_calibration()
+
+    def _check_calibration(self) -> None:
+        """Raises `ValueError` for calibration that nothing would look at; what is no table the recipe refuses."""
+        folds = (self.settings or {}).get("fold") is not None
+        reads = folds or (self.method in METHODS and METHODS[self.method].needs_data)
+        if isinstance(self.calibration, dict) and self.calibration and not reads:
+            raise ValueError(
+                f"calibration={self.calibration!r}: method={self.method!r} looks at no activations; leave it out, or "
+                f"choose a method that does: {[name for name, method in METHODS.items() if method.needs_data]}."
+            )
 
     def _check_bitsandbytes(self) -> None:
         bits = 8 if self.method == "bnb-int8" else 4

@@ -121,7 +121,10 @@ class Stage:
             if not any(_matches(name, (pattern,)) for name in names):
                 raise ValueError(f"{self.name}: {pattern!r} matches no linear; those of this model are {list(names)}.")
         if not self.chosen(names) and not self.embeddings:
-            raise ValueError(f"{self.name}: include and exclude leave none of {list(names)}; leave the stage out.")
+            alone = ", or set embeddings: true for the embedding and the head alone" if self.takes_embeddings else ""
+            raise ValueError(
+                f"{self.name}: include and exclude leave none of {list(names)}; leave the stage out{alone}."
+            )
 
     def check_result(self, result: list[dict[str, Any]]) -> None:
         """Raises `ValueError` where what it plans for all layers is nothing."""

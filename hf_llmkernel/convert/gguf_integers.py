@@ -21,7 +21,8 @@ def open_integers(file: GGUFFile) -> tuple[DerivedTensors, list[Matrix], list[st
     """The tensors of a file under this family's names.
 
     Returns:
-        The tensors; the matrices whose codes are kept; and notes of those that are dequantized.
+        The tensors, those that float in the dtype they are stored in; the matrices whose codes are kept; and notes of
+        those that are dequantized.
     """
     entries: dict[str, Derived] = {}
     kept: list[Matrix] = []
@@ -33,7 +34,8 @@ def open_integers(file: GGUFFile) -> tuple[DerivedTensors, list[Matrix], list[st
             kept.append(Matrix(canonical(key).removesuffix(".weight"), stem, ggml.FORMS[tensor.kind], (rows, columns)))
             entries |= _integer_entries(file, key, kept[-1])
         else:
-            entries[key] = Derived(file.shape(key), file.dtype(key), file.path, partial(file.blocks, key))
+            dtype = ggml.FLOATING.get(tensor.kind, file.dtype(key))
+            entries[key] = Derived(file.shape(key), dtype, file.path, partial(_floating_pieces, file, key, dtype))
             others += [f"{stem} ({file.type_name(key)})"] if tensor.kind not in ggml.FLOATING else []
     notes = [f"dequantized, for this family has no such form: {', '.join(others)}"] if others else []
     return DerivedTensors(entries), kept, notes
@@ -51,6 +53,11 @@ def _integer_entries(file: GGUFFile, key: str, matrix: Matrix) -> dict[str, Deri
         )
         for name, (shape, dtype) in matrix.form.stored_tensors(*matrix.shape).items()
     }
+
+
+def _floating_pieces(file: GGUFFile, key: str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """A floating tensor, some rows at a time, in a dtype that holds its values."""
+    yield from (block.to(dtype) for block in file.blocks(key))
 
 
 def _pieces(file: GGUFFile, key: str, part: Callable[[ggml.Blocks], torch.Tensor | None]) -> Iterator[torch.Tensor]:

@@ -71,7 +71,8 @@ def convert_checkpoint(
         output_dir: a new or empty folder; it appears when everything in it is complete.
         head: `"base"`, `"causal-lm"`, `"sequence-classification"`, `"token-classification"` or `"question-answering"`;
             by default the source's. Another one leaves the source's own head behind.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default every tensor keeps its own (GGUF gives float32).
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; by default every tensor keeps its own (those of a
+            GGUF file only beside `keep_integers`, else they become float32).
         gguf_file: name of a GGUF file in the folder or repository.
         revision: branch, tag or commit of a Hub repository.
         untie: where the config ties the head but the file holds another one, keep both instead of raising.
@@ -180,7 +181,7 @@ def _prepare(
         _settle_tying(config, tensors, untie, where)
     model_class = getattr(modeling_llm_kernel, f"LLMKernel{HEADS[kind].suffix}")
     config.architectures = [model_class.__name__]
-    config.dtype = cast or config.dtype or _first_dtype(tensors)
+    config.dtype = cast or config.dtype or (_first_dtype(tensors) if found.gguf is None else torch.float32)
     plan = plan_copies(tensors, *tensors_of(model_class, config), head is not None, where)
     if config.dtype == torch.float16:  # the others reach as far as scales do
         for matrix in kept:

@@ -230,6 +230,25 @@ def test_an_evaluation_ends_with_the_report(tiny, recipe, text, tmp_path, capfd)
     assert "perplexity" in out and tiny.name in out
 
 
+def test_values_that_became_zero_are_told(recipe, tmp_path, capfd):
+    model = save_tiny(tmp_path / "small")
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate_proj.weight[:2] = 1e-9
+    model.save_pretrained(tmp_path / "small")
+    path = recipe({"quantize": {"bits": 4, "group_size": 16}})
+    code, out, _ = run(capfd, tmp_path / "small", "--recipe", path, "--output", tmp_path / "out")
+    told = "quantize: 64 values became zero, as float16 has no scale so small, the first in layer 1, gate_proj; scale_"
+    assert code == 0 and told in out
+    notes = json.loads((tmp_path / "out" / "compression.json").read_text())["notes"]
+    assert [(note["layer"], note["matrix"], note["underflowed"]) for note in notes] == [(1, "gate_proj", 64)]
+
+
+def test_the_embedding_and_head_alone_are_named(tiny, recipe, tmp_path, capfd):
+    path = recipe({"quantize": {"bits": 8, "group_size": 16, "exclude": ["*"], "embeddings": True}})
+    code, out, _ = run(capfd, tiny, "--recipe", path, "--output", tmp_path / "out")
+    assert code == 0 and out.splitlines()[0] == "quantize: embedding and head"
+
+
 def test_results_in_words():
     assert ranges([0, 1, 2, 4, 7, 8]) == "0-2, 4, 7-8"
     result = {"rank": 8, "loss": 0.123456, "sizes": {"a": 1}, "matrices": ["q_proj", "o_proj"], "layers": [0, 2]}

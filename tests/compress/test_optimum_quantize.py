@@ -114,7 +114,16 @@ def test_ready_recipe_and_table(tmp_path, model):
         ({"bits": 4, "settings": "act_order"}, "settings='act_order': must be a table"),
         ({"bits": 4, "op_names": "q_proj"}, "op_names='q_proj': must be a list"),
         ({"bitz": 4}, "quantization config: unknown names .'bitz'.; the known ones are"),
-        ({"bits": 4, "group_size": 0}, "group_size=0 must be an integer of at least 1"),
+        ({"bits": 4, "group_size": 0}, "^group_size=0: must be at least 1, or -1 for one scale a row"),
+        ({"bits": 4, "group_size": -2}, "^group_size=-2: must be at least 1, or -1 for one scale a row"),
+        ({"bits": 4, "group_size": "x"}, "quantize: group_size='x': must be an integer of at least 1, or null for one"),
+        ({"bits": 4, "method": "awq"}, r"method='awq': must be one of .*; 'awq' is a fold, .* beside one: fold: awq"),
+        (
+            {"method": "bnb-nf4", "calibration": {"source": "bbc"}},
+            "^calibration={'source': 'bbc'}: method='bnb-nf4' looks at no activations; leave it out, .*'gptq'",
+        ),
+        ({"bits": 4, "calibration": {"samples": 4}}, "^calibration={'samples': 4}: method='rtn' looks at no activatio"),
+        ({"bits": 4, "calibration": "bbc"}, "calibration='bbc': must be a table"),
         ({"bits": 4, "recipe": {"stages": [{"quantize": {"bits": 4}}]}}, "recipe: says all there is, but .'bits'."),
     ],
 )

@@ -58,6 +58,8 @@ def test_a_stage_by_its_name_alone_takes_defaults_or_says_what_is_missing():
         ({"calibration": {"source": "bbc", "samples": 0}}, "samples=0"),
         ({"calibration": {}}, "prune_ffn looks at activations; name a text"),
         ({"evaluation": {"context": 1}}, "context=1"),
+        ({"stages": [{"quantize": {"bits": 8, "group_size": -1}}]}, "group_size=-1: must be an integer .* or null f"),
+        ({"stages": [{"quantize": {"bits": 4, "method": "awq"}}]}, r"method='awq': .*; 'awq' is a fold, .*fold: awq"),
     ],
 )
 def test_mistakes_are_named(change, message):

@@ -322,6 +322,22 @@ def test_integers_are_kept(tmp_path, architecture, kind):
     assert (difference * mask[..., None]).max() <= 1e-3
 
 
+def test_what_floats_beside_kept_integers_keeps_its_dtype(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, kinds=(KINDS.BF16, KINDS.Q8_0, KINDS.F16))
+    report = convert_checkpoint(path, tmp_path / "kept", keep_integers=True)
+    convert_checkpoint(path, tmp_path / "floating")
+    kept, floating = CheckpointReader(tmp_path / "kept"), CheckpointReader(tmp_path / "floating")
+    kinds = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    file = GGUFFile(path)
+    stored = {key: kinds[file.type_name(key)] for key in file.packed if file.type_name(key) in kinds}
+    assert {key: kept.dtype(key) for key in stored} == stored and set(stored.values()) == set(kinds.values())
+    assert all(torch.equal(kept.tensor(key).float(), floating.tensor(key)) for key in stored)
+    # Loaded, and cast, is what had been all float32.
+    assert (report.dtype, report.precision) == ("float32", None)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "kept").dtype == torch.float32
+
+
 def test_what_has_no_form_is_dequantized(tmp_path):
     write_gguf(tmp_path / "model.gguf", kinds=(KINDS.Q5_0, KINDS.Q8_0, KINDS.F16))
     report = convert_checkpoint(tmp_path / "model.gguf", tmp_path / "kept", dtype="bfloat16", keep_integers=True)

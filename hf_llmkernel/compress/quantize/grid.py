@@ -98,6 +98,14 @@ def _candidates(weight: torch.Tensor, form: LinearForm) -> Iterator[Grid]:
             yield grid._replace(scales=-grid.scales)
 
 
+def underflowed(weight: torch.Tensor, rounded: torch.Tensor, grid: Grid) -> int:
+    """How many values of a weight `[O, I]` are zero once rounded, as the scales' dtype has no number small enough."""
+    limits = torch.finfo(grid.scales.dtype)
+    least = grid.scales.abs() <= limits.smallest_normal * limits.eps
+    there = expand_groups(least, weight.shape[1], grid.form.group_size) > 0
+    return int(((weight != 0) & (rounded == 0) & there).sum())
+
+
 def chosen(where: torch.Tensor, grid: Grid, other: Grid) -> Grid:
     """One grid where bool `[O, G]`, or `[O, 1]`, is true, and another elsewhere."""
     scales = torch.where(where, grid.scales, other.scales)

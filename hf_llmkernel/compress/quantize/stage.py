@@ -7,6 +7,7 @@ finer. A sparse matrix keeps its mask, a low-rank linear becomes one of integer 
 Reading order: methods -> settings and their checks -> the plan -> the work on a matrix, and on the embedding and head.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ from ..stage import MatrixStage, refuse_form
 from .coordinate_descent import coordinate_descent
 from .fold import Factors, awq_factors, can_fold, fold, shared_by_heads, smooth_factors, takers
 from .gptq import DAMPENING, Rounded, gptq
-from .grid import grid_of
+from .grid import grid_of, underflowed
 from .hqq import hqq
+
+logger = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
@@ -93,6 +96,12 @@ FLAGS = {
 }
 
 
+def remedy_for(method: Any) -> str:
+    """The end of a message about a name that is no method but a fold, which goes beside one."""
+    is_fold = isinstance(method, str) and method in FOLDS
+    return f"; {method!r} is a fold, which goes beside one: fold: {method} (--set fold={method})" if is_fold else ""
+
+
 @register("quantize")
 @dataclass(frozen=True, kw_only=True)
 class Quantize(MatrixStage):
@@ -137,8 +146,12 @@ class Quantize(MatrixStage):
         super().__post_init__()
         if self.bits not in (8, 4):
             raise ValueError(f"bits={self.bits!r}: must be 8 or 4.")
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
+            raise ValueError(
+                f"group_size={self.group_size!r}: must be an integer of at least 1, or null for one scale a row."
+            )
         if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r}: must be one of {list(METHODS)}.")
+            raise ValueError(f"method={self.method!r}: must be one of {list(METHODS)}{remedy_for(self.method)}.")
         if self.fold not in FOLDS:
             raise ValueError(f"fold={self.fold!r}: must be one of {list(FOLDS)}.")
         for name, legal in FLAGS.items():
@@ -262,6 +275,8 @@ class Quantize(MatrixStage):
             raised = {"dampening": made.dampening} if made.dampening > self.dampening else {}
             loss = reconstruction_loss(weight, made.weight, task.gram)
             block.note(stage=self.name, matrix=name, loss=loss, **raised)
+        if lost := underflowed(weight, made.weight, made.grid):
+            block.note(stage=self.name, matrix=name, underflowed=lost, scale_dtype=self.scale_dtype)
         _, scales, zero_points = made.grid
         block.store(name, made.weight, form, mask=mask, scales=scales, zero_points=zero_points)
 
@@ -276,4 +291,6 @@ class Quantize(MatrixStage):
     def apply_top(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
         method = METHODS["rtn" if METHODS[self.method].needs_data else self.method]
         rounded, grid, _ = method.round(Task(weight, self.form, None, self))
+        if lost := underflowed(weight, rounded, grid):
+            logger.warning(f"quantize: {name}: {lost} values became zero, {self.scale_dtype} has no scale so small")
         return pack_weight(rounded, self.form, scales=grid.scales, zero_points=grid.zero_points)

@@ -71,6 +71,43 @@ def test_a_name_that_matches_nothing_is_refused(block):
         Quantize(bits=8, include=["fc1"]).check_choice(block.layer)
 
 
+def test_nothing_chosen_points_to_embeddings_alone(block):
+    with pytest.raises(ValueError, match="leave none of .*; leave the stage out, or set embeddings: true for the emb"):
+        Quantize(bits=8, exclude=["*"]).check_choice(block.layer)
+    Quantize(bits=8, exclude=["*"], embeddings=True).check_choice(block.layer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lost"),
+    [
+        ({}, {"gate_proj": 31}),
+        ({"symmetric": False}, {"gate_proj": 31}),
+        # A zero point between two codes holds them.
+        ({"symmetric": False, "zero_point_dtype": "float16", "method": "hqq"}, {}),
+        ({"scale_dtype": "bfloat16"}, {}),
+    ],
+)
+def test_values_too_small_for_the_scales_are_counted(block, settings, lost):
+    weight = block.tensors["mlp.gate_proj.weight"]
+    weight[3] = 2e-8  # below half of the smallest float16; two groups
+    weight[3, 7] = 0.0  # all along
+    weight[5, :16] = 2e-7  # a scale of the smallest number holds it
+    apply(Quantize(bits=4, group_size=16, **settings), block)
+    notes = [note for note in block.notes if "underflowed" in note]
+    assert {note["matrix"]: note["underflowed"] for note in notes} == lost
+    assert all((note["stage"], note["scale_dtype"]) == ("quantize", "float16") for note in notes)
+    assert (block.weight("gate_proj")[5, :16] != 0).all()
+
+
+def test_an_embedding_too_small_for_the_scales_is_told(caplog):
+    weight = torch.randn(8, 32)
+    weight[2, :16] = 1e-9
+    Quantize(bits=4, group_size=16, embeddings=True).apply_top("lm_head", weight)
+    assert [record.getMessage() for record in caplog.records] == [
+        "quantize: lm_head: 16 values became zero, float16 has no scale so small"
+    ]
+
+
 def test_what_is_packed_already_is_refused(block):
     Quantize(bits=8).plan(block.layer)
     with pytest.raises(ValueError, match="q_proj is stored as int8, .* quantized already"):
