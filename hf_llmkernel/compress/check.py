@@ -29,6 +29,8 @@ def check_places(model_or_path: Any, output_dir: str | Path) -> None:
         path = Path(model_or_path).expanduser()
         if path.exists() or not HUB_ID.fullmatch(str(model_or_path)):
             locate_source(model_or_path)
+    elif not hasattr(model_or_path, "save_pretrained"):
+        raise ValueError(f"model={model_or_path!r}: must be a folder, a .gguf file, a Hub id, or a loaded model.")
     if not (Path(output_dir).expanduser() / MARKER).is_file():
         check_output(output_dir)
 

@@ -119,8 +119,14 @@ class Recipe:
         if isinstance(recipe, cls):
             return recipe
         if isinstance(recipe, str | Path):
-            return from_fields(cls, _read(Path(recipe)), str(recipe))
-        return from_fields(cls, recipe, "recipe")
+            return cls._of_table(_read(Path(recipe)), str(recipe))
+        return cls._of_table(recipe, "recipe")
+
+    @classmethod
+    def _of_table(cls, table: Any, where: str) -> "Recipe":
+        if isinstance(table, list):
+            raise ValueError(f"{where}: is a list; a recipe is a table, with the list of its stages under `stages:`.")
+        return from_fields(cls, table, where)
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary that `load` reads back to an equal recipe, every default written out."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .command import check_tokens, load, room_after
+from .command import check_place, check_tokens, check_unicode, load, room_after
 from .sampling import CacheKind, Drafts, Dtype, Seed, Temperature, TopP, cache_bits, check_draft, sampling_options
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ def chat(
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
     check_draft(draft, temperature=temperature, cache=bits)
+    check_unicode("system", system)
+    for each in draft or ():
+        check_place("draft", each)
     network, tokenizer = load(model, dtype)
     if draft:
         from .command import encode_messages

@@ -107,10 +107,15 @@ def check_completion(body: dict[str, Any]) -> None:
 def check_chat(body: dict[str, Any]) -> None:
     """Raises `ValueError` for a request of `/v1/chat/completions` whose messages are none."""
     _needs(body, "messages", ("prompt",))
-    for index, message in enumerate(body["messages"]):
-        _check_message(f"messages[{index}]", message)
+    check_messages(body["messages"])
     if given := TEMPLATE_SETTINGS & body.get("chat_template_kwargs", {}).keys():
         raise ValueError(f"chat_template_kwargs.{min(given)}: is not served; leave it out")
+
+
+def check_messages(messages: list[Any]) -> None:
+    """Raises `ValueError` for a message of a conversation that is none."""
+    for index, message in enumerate(messages):
+        _check_message(f"messages[{index}]", message)
 
 
 def _check_message(name: str, message: Any) -> None:

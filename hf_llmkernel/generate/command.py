@@ -74,6 +74,8 @@ def generate(
     """
     sampling, bits = sampling_options(temperature, top_p), cache_bits(cache)
     check_draft(draft, temperature=temperature, cache=bits, prompts=prompts)
+    for each in draft or ():
+        check_place("draft", each)
     if prompts is not None:
         refused = {"PROMPT": prompt, "memory": memory, "cache": None if cache == "full" else cache}
         if given := [name for name, value in refused.items() if value is not None]:
@@ -88,6 +90,7 @@ def generate(
         raise ValueError(f"output={output}: is for the texts of --prompts; leave it out, or send the text there by >.")
     if prompt is None:
         raise ValueError("PROMPT: is missing; give a text, or a file of them with --prompts and --output.")
+    check_unicode("PROMPT", prompt)
     if draft and memory is not None:
         from .drafts import load_beside
 
@@ -140,8 +143,7 @@ def load(model: str, dtype: str = "auto") -> "tuple[PreTrainedModel, PreTrainedT
     """Model and tokenizer of a folder or Hub id. Raises `ValueError` or `OSError` where there is none."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
-    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise ValueError(f"model={model}: no such folder; check the path, or give a Hub id.")
+    check_place("model", model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     check_weights(Path(model))
@@ -170,6 +172,12 @@ def load_within(model: str, dtype: str, memory: str) -> "tuple[PreTrainedModel, 
     return load_paged(model, size), AutoTokenizer.from_pretrained(model)
 
 
+def check_place(name: str, model: str) -> None:
+    """Raises `ValueError` for a path at which there is nothing, and that is no Hub id either."""
+    if not Path(model).exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
+        raise ValueError(f"{name}={model}: no such folder; check the path, or give a Hub id.")
+
+
 def check_weights(folder: Path) -> None:
     """Raises `ValueError`, naming file or tensor, where a folder of this family cannot be what generates text."""
     from ..evaluate import inspect
@@ -183,6 +191,14 @@ def check_weights(folder: Path) -> None:
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         # Loaded all the same, it would have a head of random values.
         raise ValueError(f"{folder}: is a {architectures[0]}, without a language-model head; use a causal model.")
+
+
+def check_unicode(name: str, text: str | None) -> None:
+    """Raises `ValueError` for a text that no tokenizer takes: the command line lets bytes pass that are no UTF-8."""
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: is not UTF-8; give it as UTF-8.") from None
 
 
 def check_tokens(network: "PreTrainedModel", ids: "torch.Tensor") -> None:

@@ -76,7 +76,11 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise ValueError(f"prompts={path}: must end in .txt (one a line) or .jsonl (prompt or messages); rename it.")
     if not path.is_file():
         raise ValueError(f"prompts={path}: no such file.")
-    lines = [(number, line) for number, line in enumerate(path.read_text("utf-8").split("\n"), 1) if line.strip()]
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"prompts={path}: is not UTF-8; write it as UTF-8.") from None
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise ValueError(f"prompts={path}: has no prompt.")
     return [line for _, line in lines] if path.suffix == ".txt" else [_prompt(path, *entry) for entry in lines]
@@ -85,12 +89,21 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(path: Path, number: int, line: str) -> Prompt:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"prompts={path}: line {number} has half a character (\\ud800 to \\udfff alone).") from None
+    except (ValueError, RecursionError):
         row = None
     if isinstance(row, dict) and isinstance(row.get("prompt"), str) and row["prompt"]:
         return row["prompt"]
     messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages):
+    if isinstance(messages, list) and messages:
+        from .checks import check_messages
+
+        try:
+            check_messages(messages)
+        except ValueError as error:
+            raise ValueError(f"prompts={path}: line {number}: {error}.") from None
         return messages
     raise ValueError(f"prompts={path}: line {number} is no JSON object with a text 'prompt' or a list 'messages'.")
 

@@ -141,6 +141,8 @@ def test_bad_calls_write_nothing(tmp_path, model):
         quantizer.quantize(tmp_path / "out", quantization_config={"bits": 4}, bits=8)
     with pytest.raises(ValueError, match="quantization_config=4: must be an LLMKernelQuantizationConfig"):
         quantizer.quantize(tmp_path / "out", quantization_config=4)
+    with pytest.raises(ValueError, match="model=5: must be a folder, a .gguf file, a Hub id, or a loaded"):
+        LLMKernelQuantizer.from_pretrained(5).quantize(tmp_path / "out", bits=8)
     with pytest.raises(ValueError, match="out: exists and is not empty"):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "file").touch()

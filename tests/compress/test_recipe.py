@@ -72,7 +72,8 @@ def test_mistakes_are_named(change, message):
     [
         ("recipe.yaml", "stages: [", "cannot be read"),
         ("recipe.json", "{", "cannot be read"),
-        ("recipe.yaml", "- 1", "must be a table"),
+        ("recipe.yaml", "- quantize: {bits: 8}", "is a list; a recipe is a table, with .* under `stages:`"),
+        ("recipe.json", "1", "must be a table"),
         ("recipe.txt", "", "must be a .yaml, .yml or .json file"),
     ],
 )

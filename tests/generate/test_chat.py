@@ -49,6 +49,13 @@ def test_lines_that_are_no_text_are_refused(errors, monkeypatch):
         list(messages())
 
 
+def test_what_cannot_be_is_refused_before_the_model_is_loaded():
+    with pytest.raises(ValueError, match="system: is not UTF-8; give it as UTF-8"):
+        chat("/absent", system="\udc80")
+    with pytest.raises(ValueError, match="draft=/nowhere: no such folder; check the path"):
+        chat("/absent", draft=["/nowhere"])
+
+
 def test_every_turn_answers_the_whole_history(tiny_checkpoint, loaded, type_in, capsys):
     type_in("w1 w2\n\n  w7 \n/exit\nw9\n")
     result = chat(str(tiny_checkpoint), max_new_tokens=6)

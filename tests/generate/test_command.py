@@ -86,6 +86,8 @@ def test_bad_input_says_what_to_do(tiny_checkpoint, tmp_path):
         generate(model, "w1", dtype="int3")
     with pytest.raises(ValueError, match="prompt='': has no tokens"):
         generate(model, "", chat=False)
+    with pytest.raises(ValueError, match="PROMPT: is not UTF-8; give it as UTF-8"):
+        generate(model, "w1 \udc80")
     with pytest.raises(ValueError, match="output=text: is for the texts of --prompts; leave it out"):
         generate(model, "w1", output=Path("text"))
     with pytest.raises(ValueError, match="no such folder"):

@@ -137,6 +137,8 @@ def test_what_a_draft_does_not_go_with(folders, tmp_path, loaded):
             generate(folders["model"], "w1", **given, **options)
     with pytest.raises(ValueError, match=r"draft=.*near: takes .* kB, memory=1.00 kB leaves 0 B beside"):
         generate(folders["model"], "w1", draft=[folders["near"]], memory="1KB", chat=False)
+    with pytest.raises(ValueError, match="draft=/nowhere: no such folder; check the path"):
+        generate("/absent", "w1", draft=["/nowhere"])
     with pytest.raises(ValueError, match="draft: with memory there is one, not 2; name the one"):
         generate(folders["model"], "w1", draft=[folders["near"]] * 2, memory="1GB", chat=False)
     with pytest.raises(ValueError, match="no such folder"):

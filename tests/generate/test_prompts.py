@@ -114,13 +114,17 @@ def test_processes_share_the_prompts(tmp_path, tiny_checkpoint, file):
         ("p.md", "w1", [], "must end in .txt"),
         ("p.txt", "\n \n", [], "has no prompt"),
         ("p.jsonl", '{"prompt": "w1"}\n{"text": 1}', [], "line 2 is no JSON object with a text 'prompt' or"),
+        ("p.jsonl", '{"prompt": "\\ud800"}', [], "line 1 has half a character"),
+        ("p.jsonl", '{"messages": [{"role": "w1", "content": "w1"}]}', [], "line 1: messages[0].role='w1': must be"),
+        ("p.jsonl", '{"messages": [{"role": "user"}]}', [], "line 1: messages[0].content: must be a text"),
+        ("p.txt", b"\xff\n", [], "p.txt: is not UTF-8"),
         ("p.txt", "w1 " * 150, [], "prompts: the one of index 0 has 152 tokens, the model's context ends at 128"),
         ("p.txt", "w1", ["--memory", "1GB"], "prompts: goes without memory"),
         ("p.txt", "w1", ["w2"], "prompts: goes without PROMPT"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, tiny_checkpoint, capsys, name, content, more, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     given = ["generate", str(tiny_checkpoint), "--prompts", str(tmp_path / name), "--output", str(tmp_path / "out")]
     assert cli.main([*given, *more]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
